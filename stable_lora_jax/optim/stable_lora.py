@@ -1,0 +1,299 @@
+"""Stable-LoRA (arXiv 2603.05204): shrink A in the early steps, until it no longer drowns what B learns.
+
+Why. One step of training ``y = x W + s (x A) B`` moves the output by ``δ₁ + δ₂ + δ₃``, where δ₁ = -s η (x A) g_B
+comes from moving B, δ₂ from moving A and δ₃ from both. Feature learning is stable when none of them grows or vanishes
+with the width n. With sign-like optimizers (Adam) this needs A's outputs to be of order η n (theorem 3.1), and they
+then stay so by themselves. But A starts random, with outputs of order one, because A = B = 0 is a saddle; at the
+learning rates of fine-tuning that is too large, and no later step removes it: δ₁ dominates for the whole run. So start
+from the random A, and erase it while B grows.
+
+What (algorithm 1). Per pair and step, with the values from before the step and until it has happened once:
+
+    if ‖A‖/n < ‖B‖/m:  stable ← true        (for good: A is never shrunk again)
+    else:              A ← (1 - λ) A
+
+The shrink is not a gradient: it is not scaled by the learning rate, and no moment ever sees it.
+
+Two forms. `stable_lora_shrink` is one more link of an `optax.chain`; its updates add to the others', so A becomes
+(1 - λ - η w) A with weight decay w, where the paper's sequence gives (1 - λ)(1 - η w) A. `stable_lora` wraps an inner
+transformation and hands it the shrunk A: it is the authors' optimizer up to rounding.
+
+Deviations from the paper and the reference code:
+  * The test is strict, ``<``, as in the authors' code: a tie shrinks. The paper writes ≤.
+  * The flags are part of the optimizer state and survive a checkpoint; the authors' code forgets them on resume.
+  * In bfloat16 (1 - λ) A rounds back to A for λ up to 0.0015, so that the method would silently do nothing. Adapters
+    narrower than float32 therefore collect their shrinks in one float32 scalar a matrix, `pending`, which is
+    multiplied into A once it is worth 3 %. Until then the stored A, and so the forward pass, is up to 3 % behind; the
+    norms tested and reported are those of pending · A.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import core
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from stable_lora_jax.optim.pairs import (
+    Labels,
+    Pair,
+    PyTree,
+    StackAxes,
+    bare,
+    find_pairs,
+    find_states,
+    frobenius_norm,
+    is_none,
+    matrix_axes,
+)
+
+Lambda: TypeAlias = float | Array | Callable[[Array], Array | float]
+
+# bfloat16 holds 8 significant bits: scaling by 1 - 2**-5 moves every entry by 4 to 8 units in its last place, so that
+# rounding it costs little, and the stored A is never more than about 3 % behind.
+_APPLY_PENDING_AT = 1 - 2**-5
+
+
+class StableLoraState(NamedTuple):
+    """State of Stable-LoRA. Each dict is keyed by pair name; an entry has one element per matrix of a stack.
+
+    Attributes:
+      step: number of updates so far.
+      stable: whether the pair has met ‖A‖/n < ‖B‖/m; once true, always true.
+      pending: the factor in (0, 1] still to be multiplied into A; only for adapters narrower than float32.
+    """
+
+    step: Int32[Array, ""]
+    stable: dict[str, Bool[Array, "*stack"]]
+    pending: dict[str, Float32[Array, "*stack"]]
+
+
+class PairStability(NamedTuple):
+    """How far a pair is, one element per matrix of a stack: norms ‖A‖_F and ‖B‖_F, gap = (‖A‖/n)/(‖B‖/m), the flag."""
+
+    norm_a: Float[Array, "*stack"]
+    norm_b: Float[Array, "*stack"]
+    gap: Float[Array, "*stack"]
+    stable: Bool[Array, "*stack"]
+
+
+def stable_lora_shrink(
+    lam: Lambda, *, labels: Labels = None, stack_axes: StackAxes = "infer", stop_when_stable: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the shrink of Stable-LoRA as a link for `optax.chain`, to stand after the optimizer.
+
+    Adds -λ A to the updates of every A whose pair is not stable yet, and passes everything else through. Inside
+    `optax.MultiSteps` it acts once per real step; put it inside, not around.
+
+    Args:
+      lam: λ, the fraction of A removed each step, in [0, 1), or a schedule from the step to it. The paper searches
+        {0.0005, 0.001, 0.002, 0.005}.
+      labels: which leaves are A and B; see `find_pairs`. None finds them by name.
+      stack_axes: which axes count matrices rather than belong to one; see `find_pairs`.
+      stop_when_stable: False keeps shrinking after the condition is met (the paper's ablation). The flags still latch.
+
+    Raises:
+      ValueError: λ outside [0, 1); in init, everything that `find_pairs` raises; in update, params missing.
+
+    Example:
+      >>> params = {"lora_a": jnp.ones((64, 8)), "lora_b": jnp.zeros((8, 64))}
+      >>> tx = optax.chain(optax.adamw(1e-4, weight_decay=0.0), stable_lora_shrink(0.001))
+      >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+      >>> print(f"{optax.apply_updates(params, updates)['lora_a'][0, 0]:.3f}")
+      0.999
+
+    References:
+      arXiv 2603.05204, algorithm 1.
+    """
+    _check_lam(lam)
+
+    def init(params: PyTree) -> StableLoraState:
+        return _init(params, find_pairs(params, labels, stack_axes))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
+    ) -> tuple[PyTree, StableLoraState]:
+        del extra_args
+        leaves, pairs = _leaves_and_pairs(params, labels, stack_axes)
+        factors, state = _advance(leaves, pairs, state, lam, stop_when_stable)
+        moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
+        for pair, factor in zip(pairs, factors, strict=True):
+            moves[pair.a] = _add_shrink(moves[pair.a], leaves[pair.a], factor, pair)
+        return jax.tree.unflatten(treedef, moves), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stable_lora(
+    inner: optax.GradientTransformation,
+    lam: Lambda,
+    *,
+    labels: Labels = None,
+    stack_axes: StackAxes = "infer",
+    stop_when_stable: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Stable-LoRA around any optimizer: A is shrunk first, then `inner` steps from the shrunk A.
+
+    ``A ← A + (A' - A) + inner(g, A')`` with A' = (1 - λ) A; ``stable_lora(optax.adamw(lr), lam)`` is the authors'
+    optimizer. Differs from `stable_lora_shrink` in a chain only where `inner` reads A, as weight decay does.
+
+    Args:
+      inner: the transformation that turns gradients into updates.
+      lam, labels, stack_axes, stop_when_stable: as in `stable_lora_shrink`.
+
+    Returns:
+      A transformation whose state is the pair (StableLoraState, state of `inner`).
+
+    Raises:
+      ValueError: as `stable_lora_shrink`.
+
+    Example:
+      >>> params = {"lora_a": jnp.ones((64, 8)), "lora_b": jnp.zeros((8, 64))}
+      >>> tx = stable_lora(optax.adamw(1e-4), lam=0.001)
+      >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+
+    References:
+      arXiv 2603.05204, algorithm 1.
+    """
+    _check_lam(lam)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> tuple[StableLoraState, optax.OptState]:
+        return _init(params, find_pairs(params, labels, stack_axes)), inner.init(params)
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra_args: object,
+    ) -> tuple[PyTree, tuple[StableLoraState, optax.OptState]]:
+        leaves, pairs = _leaves_and_pairs(params, labels, stack_axes)
+        factors, shrink_state = _advance(leaves, pairs, state[0], lam, stop_when_stable)
+        shrunk, treedef = list(leaves), jax.tree.structure(params, is_leaf=is_none)
+        for pair, factor in zip(pairs, factors, strict=True):
+            a = leaves[pair.a]
+            shrunk[pair.a] = (a * _spread(factor, a, pair)).astype(a.dtype)
+        updates, inner_state = inner.update(updates, state[1], jax.tree.unflatten(treedef, shrunk), **extra_args)
+        moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
+        for pair, factor in zip(pairs, factors, strict=True):
+            moves[pair.a] = _add_shrink(moves[pair.a], leaves[pair.a], factor, pair)
+        return jax.tree.unflatten(treedef, moves), (shrink_state, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stability(
+    params: PyTree, opt_state: PyTree, *, labels: Labels = None, stack_axes: StackAxes = "infer"
+) -> dict[str, PairStability]:
+    """Returns pair name -> `PairStability`, from the parameters and whatever optimizer state holds Stable-LoRA's.
+
+    Jittable. Looks inside `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams` and the `opt_state`
+    of a `flax.nnx.Optimizer`. The gap is infinite while B = 0, and 0 where A = 0.
+
+    Args:
+      params: the parameters, or any tree that holds the pairs.
+      opt_state: the optimizer state.
+      labels, stack_axes: as given to the transformation.
+
+    Raises:
+      ValueError: no `StableLoraState` inside `opt_state`, or two that hold the same pair.
+    """
+    states = find_states(opt_state, StableLoraState)
+    if not states:
+        raise ValueError(
+            f"opt_state, a {type(opt_state).__name__}, holds no StableLoraState. Pass the state of a transformation "
+            "built with stable_lora_shrink or stable_lora; for a flax.nnx.Optimizer pass optimizer.opt_state."
+        )
+    stable = [name for state in states for name in state.stable]
+    if len(stable) != len(set(stable)):
+        raise ValueError(
+            "opt_state holds several StableLoraState with the same pair, so A would shrink twice. Apply Stable-LoRA to "
+            "each pair once."
+        )
+    flags = {name: flag for state in states for name, flag in bare(state.stable).items()}
+    pending = {name: factor for state in states for name, factor in bare(state.pending).items()}
+    leaves = jax.tree.leaves(params, is_leaf=is_none)
+    report = {}
+    for pair in find_pairs(params, labels, stack_axes):
+        if pair.name in flags:
+            norm_a, norm_b = _norms(leaves, pair, pending.get(pair.name))
+            gap = jnp.where(norm_a == 0, 0, norm_a / (norm_b * pair.fan_ratio))
+            report[pair.name] = PairStability(norm_a, norm_b, gap, flags[pair.name])
+    return report
+
+
+def _init(params: PyTree, pairs: Sequence[Pair]) -> StableLoraState:
+    leaves = jax.tree.leaves(params, is_leaf=is_none)
+    shapes = {pair.name: tuple(leaves[pair.a].shape[axis] for axis in pair.stack_axes) for pair in pairs}
+    return StableLoraState(
+        step=jnp.zeros((), jnp.int32),
+        stable={name: jnp.zeros(shape, jnp.bool_) for name, shape in shapes.items()},
+        pending={p.name: jnp.ones(shapes[p.name], jnp.float32) for p in pairs if _is_narrow(leaves[p.a])},
+    )
+
+
+def _leaves_and_pairs(params: PyTree | None, labels: Labels, stack_axes: StackAxes) -> tuple[list[Array], list[Pair]]:
+    if params is None:
+        raise ValueError(
+            "Stable-LoRA got params=None. It reads A and B to decide whether to shrink: call "
+            "tx.update(grads, opt_state, params)."
+        )
+    return jax.tree.leaves(params, is_leaf=is_none), list(find_pairs(params, labels, stack_axes))
+
+
+def _advance(
+    leaves: Sequence[Array], pairs: Sequence[Pair], state: StableLoraState, lam: Lambda, stop_when_stable: bool
+) -> tuple[list[Array], StableLoraState]:
+    """Returns the factor that each stored A is multiplied by in this step, and the state after it."""
+    rate = lam(state.step) if callable(lam) else lam
+    factors, stable, pending = [], {}, {}
+    for pair in pairs:
+        behind = state.pending.get(pair.name)
+        norm_a, norm_b = _norms(leaves, pair, behind)
+        # 1 - λ in the norms' width: in bfloat16, where inject_hyperparams may bring λ, it would be 1.
+        keep = 1 - jnp.asarray(rate, norm_a.dtype)
+        # stable once ‖A‖/n < ‖B‖/m
+        stable[pair.name] = state.stable[pair.name] | (norm_a < pair.fan_ratio * norm_b)
+        stop = stable[pair.name] & stop_when_stable
+        # A ← (1 - λ) A
+        factor = jnp.where(stop, jnp.ones_like(keep), keep)
+        if behind is not None:
+            behind = behind * factor
+            due = stop | (behind <= _APPLY_PENDING_AT)
+            factor = jnp.where(due, behind, 1.0)
+            pending[pair.name] = jnp.where(due, 1.0, behind)
+        factors.append(factor)
+    return factors, StableLoraState(state.step + 1, stable, pending)
+
+
+def _norms(leaves: Sequence[Array], pair: Pair, pending: Array | None) -> tuple[Array, Array]:
+    """Returns (‖A‖, ‖B‖) as they are meant: with the shrinks that A still waits for."""
+    norm_a, norm_b = (frobenius_norm(leaves[index], pair.stack_axes) for index in (pair.a, pair.b))
+    return norm_a if pending is None else norm_a * pending, norm_b
+
+
+def _add_shrink(move: Array, a: Array, factor: Array, pair: Pair) -> Array:
+    """Returns the update of A with (factor - 1) A added; the same bits where the factor is 1."""
+    factor = _spread(factor, a, pair)
+    return jnp.where(factor == 1, move, (move + (factor - 1) * a).astype(move.dtype))
+
+
+def _spread(factor: Array, a: Array, pair: Pair) -> Array:
+    """Returns one factor per matrix as an array that multiplies A, whatever its stack axes."""
+    return jnp.expand_dims(factor, matrix_axes(a.ndim, pair.stack_axes))
+
+
+def _is_narrow(a: Array) -> bool:
+    return jnp.finfo(a.dtype).bits < 32
+
+
+def _check_lam(lam: Lambda) -> None:
+    if callable(lam) or isinstance(lam, core.Tracer):  # known at run time only
+        return
+    if not 0 <= float(lam) < 1:
+        raise ValueError(
+            f"lam={lam} is not in [0, 1). lam is the fraction of A removed each step while the pair is unstable; the "
+            "paper uses 0.0005 to 0.005, and 0 switches the shrink off."
+        )

@@ -1,0 +1,137 @@
+"""What counts as a pair: names, containers, layouts, and every refusal."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+from stable_lora_jax import lora_labels, stable_lora_shrink
+from stable_lora_jax.optim.pairs import find_pairs
+
+A, B, HOLE = jnp.ones((16, 4)), jnp.ones((4, 8)), optax.MaskedNode()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    lora_a: jax.Array
+    lora_b: jax.Array
+
+
+def names(tree, **kwargs):
+    return [pair.name for pair in find_pairs(tree, **kwargs)]
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"q": {"kernel": A, "lora_a": A, "lora_b": B}}, ["q/lora"]),
+        ({"q": {"lora_A": A, "lora_B": B}}, ["q/lora"]),
+        ({"q": {"lora_A": {"weight": A}, "lora_B": {"weight": B}}}, ["q/lora/weight"]),
+        ({"m.0.q.lora_A.weight": A, "m.0.q.lora_B.weight": B}, ["m.0.q.lora.weight"]),
+        ({"m.q.lora_A.default.weight": A, "m.q.lora_B.default.weight": B}, ["m.q.lora.default.weight"]),
+        ({"q": {"kernel_lora_a": A, "kernel_lora_b": B}}, ["q/kernel_lora"]),
+        ({"q": {"lora_kernel_a": A, "lora_kernel_b": B}}, ["q/lora_kernel"]),
+        ([{"lora_a": A, "lora_b": B}, {"lora_a": A, "lora_b": B}], ["0/lora", "1/lora"]),
+        (FrozenDict({"q": {"lora_a": A, "lora_b": B}, "bias": B}), ["q/lora"]),
+        ((Layer(A, B), A), ["0/lora"]),
+        ({"q": {"lora_a": A, "lora_b": B}, "v": {"lora_a": HOLE, "lora_b": HOLE}}, ["q/lora"]),
+        ({"q": {"lora_a": A, "lora_b": B, "kernel": None}}, ["q/lora"]),
+        ({"lora_alpha": A, "lora_a": A, "lora_b": B}, ["lora"]),
+    ],
+)  # fmt: skip
+def test_pairs_are_found_by_name_in_any_container(tree, expected):
+    assert names(tree) == expected
+
+
+def test_a_variable_and_its_bare_array_have_the_same_name():
+    model = nnx.List([nnx.LoRALinear(16, 8, lora_rank=4, rngs=nnx.Rngs(0))])
+    state = nnx.state(model, nnx.LoRAParam)
+    assert names(state) == names(nnx.as_pure(state)) == ["0/lora/lora"]
+
+
+def test_labels_have_the_tree_of_the_parameters():
+    params = {"layer": {"kernel": A, "lora_a": A, "lora_b": B}, "head": [A]}
+    labels = lora_labels(params)
+    assert labels == {"layer": {"kernel": "other", "lora_a": "lora_a", "lora_b": "lora_b"}, "head": ["other"]}
+    tx = optax.partition(
+        {"lora_a": optax.sgd(1.0), "lora_b": optax.sgd(2.0), "other": optax.set_to_zero()}, lora_labels
+    )
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert (updates["layer"]["lora_a"][0, 0], updates["layer"]["lora_b"][0, 0], updates["head"][0][0, 0]) == (-1, -2, 0)
+
+
+def test_other_names_are_paired_by_the_smallest_shared_subtree():
+    params = {"x": {"down": {"w": A}, "up": {"w": B}, "kernel": A}, "y": {"down": {"w": A}, "up": {"w": B}}}
+    labels = {"x": {"down": "lora_a", "up": "lora_b", "kernel": "other"}, "y": {"down": "lora_a", "up": "lora_b"}}
+    assert names(params, labels=labels) == names(params, labels=lambda _: labels) == ["x/down/w", "y/down/w"]
+    assert [(pair.a, pair.b) for pair in find_pairs(params, labels=labels)] == [(0, 2), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "stack_axes", "expected"),
+    [
+        ((16, 4), (4, 8), "infer", ()),
+        ((4, 16), (8, 4), "infer", ()),  # torch
+        ((16, 4), (4, 16), "infer", ()),
+        ((16, 4), (4, 2, 8), "infer", ()),  # einsum: query projection
+        ((2, 8, 4), (4, 16), "infer", ()),  # einsum: output projection
+        ((3, 16, 4), (3, 4, 8), "infer", (0,)),
+        ((3, 4, 16), (3, 8, 4), "infer", (0,)),  # torch
+        ((16, 4, 3), (4, 8, 3), "infer", (2,)),
+        ((3, 16, 4), (3, 4, 2, 8), "infer", (0,)),
+        ((3, 5, 16, 4), (3, 5, 4, 8), "infer", (0, 1)),
+        ((16, 3, 4), (4, 3, 8), (1,), (1,)),
+        ((16, 3, 4), (4, 3, 8), (), ()),
+        ((4, 16, 4), (4, 4, 8), (0,), (0,)),
+        ((16, 4), (4, 8), (1,), ()),  # a plain pair beside stacked ones
+        ((16, 3, 4), (4, 3, 8), lambda name: (1,) if name == "q/lora" else (), (1,)),
+    ],
+)
+def test_stack_axes(a, b, stack_axes, expected):
+    params = {"q": {"lora_a": jnp.ones(a), "lora_b": jnp.ones(b)}}
+    (pair,) = find_pairs(params, stack_axes=stack_axes)
+    assert pair.stack_axes == expected
+    assert pair.fan_ratio == pytest.approx(jnp.ones(a).size / jnp.ones(b).size)
+
+
+@pytest.mark.parametrize(("a", "b"), [((4, 16, 4), (4, 4, 8)), ((16, 3, 4), (4, 3, 8))])
+def test_an_ambiguous_layout_must_be_said(a, b):
+    params = {"q": {"lora_a": jnp.ones(a), "lora_b": jnp.ones(b)}}
+    with pytest.raises(ValueError, match=r"pair 'q/lora' is ambiguous.*Say which by stack_axes="):
+        stable_lora_shrink(0.1).init(params)
+
+
+@pytest.mark.parametrize(
+    ("params", "kwargs", "error", "message"),
+    [
+        ({"q": {"kernel": A}}, {}, ValueError, r"No LoRA adapter found among .* \['q/kernel'\].*pass labels="),
+        ({"q": {"lora_a": A}}, {}, ValueError, r"A without its B: \['q/lora_a'\]; B without its A: \[\]"),
+        ({"q": {"lora_b": B}}, {}, ValueError, r"A without its B: \[\]; B without its A: \['q/lora_b'\]"),
+        (
+            {"q": {"lora_a": A}, "v": {"lora_b": B}}, {}, ValueError,
+            r"A without its B: \['q/lora_a'\]; B without its A: \['v/lora_b'\]",
+        ),
+        (
+            {"q": [A, A, B]}, {"labels": {"q": ["lora_a", "lora_a", "lora_b"]}}, ValueError,
+            r"A without its B: \['q/0', 'q/1'\]; B without its A: \['q/2'\]",
+        ),
+        ({"q": {"lora_a": A, "lora_b": B.T}}, {}, ValueError, r"ranks of the pair 'q/lora' disagree: A .*\(16, 4\)"),
+        ({"q": {"lora_a": A[0], "lora_b": B}}, {}, ValueError, r"ranks of the pair 'q/lora' disagree"),
+        (
+            {"q": {"lora_a": jnp.ones((3, 16, 4)), "lora_b": jnp.ones((3, 4, 8))}}, {"stack_axes": (1,)}, ValueError,
+            r"stack_axes=\(1,\) does not fit the pair 'q/lora'.*possible are \(0,\)",
+        ),
+        ({"q": {"lora_a": A.astype(int), "lora_b": B}}, {}, TypeError, r"'q/lora_a'.* is int32.*floating dtype"),
+        ({"q": {"lora_a": "x", "lora_b": B}}, {}, TypeError, r"'q/lora_a'.* is a str"),
+        ({"q": A}, {"labels": {"q": "A"}}, ValueError, r"labels holds \['A'\]. Each label must be one of 'lora_a'"),
+        ({"q": A, "v": B}, {"labels": {"q": "lora_a"}}, ValueError, r"labels has no entry for the parameter \['v'\]"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_came_and_what_to_do(params, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        stable_lora_shrink(0.1, **kwargs).init(params)
