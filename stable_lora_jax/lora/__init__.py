@@ -1,0 +1,18 @@
+"""LoRA adapters for Flax NNX models: y = x W + s (x A) B, A: (n, r), B: (r, m), s = alpha / r."""
+
+from stable_lora_jax.lora.adapter_file import AdapterSpec, adapter_spec, load_adapter, read_adapter_spec, save_adapter
+from stable_lora_jax.lora.injection import TARGETS, inject_lora, lora_modules, merge_lora
+from stable_lora_jax.lora.linear import LoRALinear
+
+__all__ = [
+    "TARGETS",
+    "AdapterSpec",
+    "LoRALinear",
+    "adapter_spec",
+    "inject_lora",
+    "load_adapter",
+    "lora_modules",
+    "merge_lora",
+    "read_adapter_spec",
+    "save_adapter",
+]

@@ -1,0 +1,130 @@
+"""Adapter files: one safetensors file that holds the A and B matrices alone, and says what they belong to."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from stable_lora_jax.lora.injection import lora_modules
+
+_KEY = "stable_lora_jax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """What an adapter file was trained as: everything that `inject_lora` needs to make room for it.
+
+    Attributes:
+      base: name of the base model, as given to `load_model`.
+      rank: r.
+      alpha: numerator of the scale.
+      use_rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
+      targets: dotted paths of the adapted layers.
+    """
+
+    base: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    targets: tuple[str, ...]
+
+
+def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
+    """Returns the spec of the adapters inside `model`.
+
+    Raises:
+      ValueError: no adapters, or adapters of different rank or alpha.
+    """
+    modules = lora_modules(model)
+    kinds = {(module.rank, float(module.alpha), module.use_rslora) for module in modules.values()}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"The model has adapters of {len(kinds)} kinds (rank, alpha, rslora): {sorted(kinds)}. An adapter file "
+            "holds one kind: inject all layers with the same values."
+        )
+    rank, alpha, use_rslora = kinds.pop()
+    return AdapterSpec(base=base, rank=rank, alpha=alpha, use_rslora=use_rslora, targets=tuple(modules))
+
+
+def save_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
+    """Writes the adapters of `model` to a safetensors file with keys ``<dotted path>.lora_a`` and ``.lora_b``.
+
+    Args:
+      path: file to write; its folder is made, and the file appears whole or not at all.
+      model: a model with adapters.
+      base: name of the base model they belong to.
+
+    Raises:
+      ValueError: as `adapter_spec`.
+    """
+    spec = adapter_spec(model, base)
+    tensors = {
+        f"{name}.{side}": np.asarray(getattr(module, side)[...])
+        for name, module in lora_modules(model).items()
+        for side in ("lora_a", "lora_b")
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={_KEY: json.dumps(asdict(spec))})
+    partial.replace(path)
+
+
+def read_adapter_spec(path: str | Path) -> AdapterSpec:
+    """Returns what an adapter file was trained as, without reading its matrices.
+
+    Raises:
+      ValueError: no such file, or a file that is no adapter of ours.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no adapter file {path}. Give the .safetensors file that save_adapter wrote.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = (file.metadata() or {}).get(_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); it may be truncated.") from error
+    if metadata is None:
+        raise ValueError(f"{path} is a safetensors file, but not an adapter that save_adapter wrote.")
+    fields = json.loads(metadata)
+    return AdapterSpec(**fields | {"targets": tuple(fields["targets"])})
+
+
+def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
+    """Fills the adapters of `model` from a file that was saved from the same base, rank, alpha and targets.
+
+    Args:
+      path: an adapter file.
+      model: a model into which adapters were injected; only their values change.
+      base: name of the base model that `model` is.
+
+    Raises:
+      ValueError: another base, rank, alpha, rslora or targets (each named with both values), or other shapes; the
+        model is then unchanged.
+    """
+    saved, wanted = asdict(read_adapter_spec(path)), asdict(adapter_spec(model, base))
+    if differing := [field for field in saved if saved[field] != wanted[field]]:
+        what = "; ".join(f"{field}: file {saved[field]!r}, model {wanted[field]!r}" for field in differing)
+        raise ValueError(
+            f"The adapter {path} does not belong to this model ({what}). Load it onto its own base, injected with its "
+            "own rank, alpha and targets: read_adapter_spec(path) tells them."
+        )
+    slots = {
+        f"{name}.{side}": getattr(module, side)
+        for name, module in lora_modules(model).items()
+        for side in ("lora_a", "lora_b")
+    }
+    with safe_open(path, framework="numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in slots}
+    for key, slot in slots.items():
+        if tensors[key].shape != slot.shape:
+            raise ValueError(
+                f"{key} has shape {tensors[key].shape} in {path}, but {slot.shape} in the model: the adapter was "
+                "trained on a base model of another size."
+            )
+    for key, slot in slots.items():
+        slot[...] = jnp.asarray(tensors[key], slot.dtype)

@@ -1,0 +1,83 @@
+"""A linear layer with a LoRA adapter beside its frozen weight: y = x W + s (x A) B."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+# Variance 1/n for A: (n, r); the paper's "He" start. B starts at zero, so that a fresh adapter changes nothing.
+A_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+B_INIT = nnx.initializers.zeros_init()
+
+
+class LoRALinear(nnx.Module):
+    """y = x W + s (x A) B, with s = alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
+
+    A and B are `nnx.LoRAParam`, kept in `dtype` and cast to the dtype of the base layer's output where they are used.
+    A base layer stacked over leading axes, as layers run by a scan are, gets adapters stacked alike.
+
+    Args:
+      base: the layer to adapt; kernel (..., n, m).
+      rank: r >= 1.
+      alpha: numerator of the scale s.
+      rngs: random streams; "params" for A and B, "dropout" for dropout.
+      dtype: of the stored adapter.
+      use_rslora: scale by alpha / sqrt(r).
+      dropout: fraction of the entries of x that the adapter does not see while training, in [0, 1).
+      a_init: initializer of one A, shape (n, r).
+      b_init: initializer of one B, shape (r, m).
+    """
+
+    def __init__(
+        self,
+        base: nnx.Linear,
+        rank: int,
+        alpha: float,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        use_rslora: bool = False,
+        dropout: float = 0.0,
+        a_init: Initializer = A_INIT,
+        b_init: Initializer = B_INIT,
+    ):
+        *stack, fan_in, fan_out = base.kernel.shape
+        self.base = base
+        self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
+        self.lora_a = nnx.LoRAParam(_stacked_init(a_init, rngs.params(), (*stack, fan_in, rank), dtype))
+        self.lora_b = nnx.LoRAParam(_stacked_init(b_init, rngs.params(), (*stack, rank, fan_out), dtype))
+        self.dropout = _stacked_dropout(dropout, rngs, stack) if dropout else None
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the adapter's output."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def __call__(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
+        """The base layer's output plus the adapter's, in the base layer's output dtype."""
+        y = self.base(x)
+        x = x if self.dropout is None else self.dropout(x)
+        down = x.astype(y.dtype) @ self.lora_a[...].astype(y.dtype)
+        return y + (self.scale * down) @ self.lora_b[...].astype(y.dtype)
+
+
+def _stacked_init(init: Initializer, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Returns an array whose last two axes are drawn by `init` as if they stood alone, with a key for each matrix."""
+    *stack, rows, columns = shape
+    keys = jax.random.split(key, math.prod(stack))
+    return jax.vmap(lambda k: init(k, (rows, columns), dtype))(keys).reshape(shape)
+
+
+def _stacked_dropout(rate: float, rngs: nnx.Rngs, stack: list[int]) -> nnx.Dropout:
+    """Returns a dropout layer whose random state is stacked like the base layer it serves."""
+
+    def make(rngs: nnx.Rngs) -> nnx.Dropout:
+        return nnx.Dropout(rate, rngs=rngs)
+
+    for size in reversed(stack):
+        make = nnx.split_rngs(splits=size)(nnx.vmap(make))
+    return make(rngs)

@@ -1,0 +1,77 @@
+"""Adapter files: what is saved comes back, and only onto the model it belongs to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from stable_lora_jax.lora import AdapterSpec, inject_lora, load_adapter, lora_modules, read_adapter_spec, save_adapter
+from tests.lora.test_injection import decoder, randomized
+
+
+def adapted(rank=2, alpha=4.0, targets="qv", seed=1, **kwargs):
+    model, tokens = decoder()
+    return inject_lora(model, rank, alpha, targets, rngs=nnx.Rngs(seed), **kwargs), tokens
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_round_trip_is_bitwise(tmp_path, dtype):
+    model, tokens = adapted(dtype=dtype)
+    randomized(model)
+    save_adapter(tmp_path / "new" / "adapter.safetensors", model, "tiny")
+    other, _ = adapted(seed=9, dtype=dtype)
+    load_adapter(tmp_path / "new" / "adapter.safetensors", other, "tiny")
+    np.testing.assert_array_equal(other(tokens), model(tokens))
+    assert lora_modules(other)["layers.self_attn.q_proj"].lora_a.dtype == dtype
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["adapter.safetensors"]
+
+
+def test_the_spec_says_how_to_make_room(tmp_path):
+    model, _ = adapted(rank=3, alpha=5.0, use_rslora=True)
+    save_adapter(tmp_path / "a", model, "tiny")
+    spec = read_adapter_spec(tmp_path / "a")
+    targets = ("layers.self_attn.q_proj", "layers.self_attn.v_proj")
+    assert spec == AdapterSpec(base="tiny", rank=3, alpha=5.0, use_rslora=True, targets=targets)
+    again, _ = decoder()
+    inject_lora(again, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(2), use_rslora=spec.use_rslora)
+    load_adapter(tmp_path / "a", again, spec.base)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "base", "message"),
+    [
+        ({"rank": 4}, "tiny", "rank: file 2, model 4"),
+        ({"alpha": 8.0}, "tiny", "alpha: file 4.0, model 8.0"),
+        ({"use_rslora": True}, "tiny", "use_rslora: file False, model True"),
+        ({"targets": "qkvo"}, "tiny", "targets: file"),
+        ({}, "other", "base: file 'tiny', model 'other'"),
+    ],
+)
+def test_another_model_is_refused_and_left_alone(tmp_path, kwargs, base, message):
+    save_adapter(tmp_path / "a", randomized(adapted()[0]), "tiny")
+    model, _ = adapted(**kwargs)
+    before = jax.tree.map(np.asarray, nnx.state(model, nnx.LoRAParam))
+    with pytest.raises(ValueError, match=f"does not belong to this model.*{message}"):
+        load_adapter(tmp_path / "a", model, base)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.LoRAParam), before)
+
+
+def test_files_that_are_no_adapters(tmp_path):
+    model, _ = adapted()
+    with pytest.raises(ValueError, match=r"There is no adapter file .*missing"):
+        load_adapter(tmp_path / "missing", model, "tiny")
+    save_file({"x": np.zeros(3)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="not an adapter that save_adapter wrote"):
+        load_adapter(tmp_path / "foreign", model, "tiny")
+    save_adapter(tmp_path / "whole", model, "tiny")
+    (tmp_path / "half").write_bytes((tmp_path / "whole").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"half is not a readable safetensors file .*truncated"):
+        load_adapter(tmp_path / "half", model, "tiny")
+
+
+def test_a_model_without_adapters_or_with_two_kinds_has_no_spec(tmp_path):
+    model, _ = decoder()
+    with pytest.raises(ValueError, match="adapters of 0 kinds"):
+        save_adapter(tmp_path / "a", model, "tiny")

@@ -1,0 +1,152 @@
+"""Adapters in any NNX model: a fresh one changes nothing, a merged one is the same function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stable_lora_jax.lora import inject_lora, lora_modules, merge_lora
+from stable_lora_jax.models import Decoder, DecoderConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+    rms_norm_eps=1e-5, max_positions=64,
+)  # fmt: skip
+TOKENS = jnp.arange(24).reshape(2, 12)
+
+
+class Mixed(nnx.Module):
+    """A model that is not ours: lists, names of its own, a bias, two stack axes."""
+
+    def __init__(self, rngs):
+        self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, use_bias=False, rngs=rngs)])
+        self.head = nnx.Dict(out=nnx.Linear(8, 4, rngs=rngs))
+        self.experts = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs)))(rngs)
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = jax.nn.relu(block(x))
+        x = self.head["out"](x)
+        return nnx.vmap(lambda expert, x: expert(x), in_axes=(0, None))(self.experts, x)
+
+
+def decoder(**kwargs):
+    return Decoder(CONFIG, rngs=nnx.Rngs(0), **kwargs), TOKENS
+
+
+def mixed(**_):
+    return Mixed(nnx.Rngs(0)), jnp.linspace(-1, 1, 40).reshape(5, 8)
+
+
+def randomized(model):
+    """Gives every B random values, so that the adapters matter."""
+    for i, module in enumerate(lora_modules(model).values()):
+        module.lora_b[...] = 0.1 * jax.random.normal(jax.random.key(i), module.lora_b.shape, module.lora_b.dtype)
+    return model
+
+
+@pytest.mark.parametrize("make", [decoder, mixed])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_a_fresh_adapter_leaves_the_outputs_bitwise_unchanged(make, param_dtype):
+    model, inputs = make(param_dtype=param_dtype, dtype=param_dtype)
+    before = nnx.jit(lambda m, x: m(x))(model, inputs)
+    inject_lora(model, 2, 32.0, r".*", rngs=nnx.Rngs(1))
+    assert all(module.lora_a.dtype == jnp.float32 for module in lora_modules(model).values())
+    np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x))(model, inputs), before)
+
+
+@pytest.mark.parametrize("make", [decoder, mixed])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_merged_equals_injected(make, use_rslora):
+    model, inputs = make()
+    before = model(inputs)
+    randomized(inject_lora(model, 4, 8.0, r".*", rngs=nnx.Rngs(1), use_rslora=use_rslora))
+    injected = model(inputs)
+    merge_lora(model)
+    assert not lora_modules(model)
+    # Two orders of the same float32 sums.
+    np.testing.assert_allclose(model(inputs), injected, atol=2e-5)
+    assert jnp.abs(injected - before).max() > 1e-2
+
+
+def test_one_layer_is_the_formula():
+    x, w = np.random.default_rng(0).normal(size=(5, 8)), nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(w)
+    randomized(inject_lora(model, 3, 6.0, ["0"], rngs=nnx.Rngs(1)))
+    (module,) = lora_modules(model).values()
+    a, b = np.float64(module.lora_a[...]), np.float64(module.lora_b[...])
+    expected = x @ np.float64(w.kernel[...]) + np.float64(w.bias[...]) + 6.0 / 3 * (x @ a) @ b
+    np.testing.assert_allclose(model(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ("qv", ["self_attn.q_proj", "self_attn.v_proj"]),
+        ("qkvo", ["self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]),
+        (["self_attn.k_proj", "up_proj"], ["mlp.up_proj", "self_attn.k_proj"]),
+        (r"layers\.mlp\..*", ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]),
+    ],
+)
+def test_targets(targets, names):
+    model, _ = decoder()
+    inject_lora(model, 2, 4.0, targets, rngs=nnx.Rngs(1))
+    assert sorted(lora_modules(model)) == [f"layers.{name}" for name in names]
+
+
+def test_all_seven_modules_and_stacked_shapes():
+    model, _ = decoder()
+    inject_lora(model, 2, 4.0, "qkvogud", rngs=nnx.Rngs(1))
+    shapes = {name: (m.lora_a.shape, m.lora_b.shape) for name, m in lora_modules(model).items()}
+    assert len(shapes) == 7
+    assert shapes["layers.self_attn.v_proj"] == ((3, 32, 2), (3, 2, 16))
+
+
+def test_a_starts_with_variance_one_over_n_in_every_matrix():
+    model = nnx.split_rngs(splits=4)(nnx.vmap(lambda rngs: nnx.Sequential(nnx.Linear(400, 10, rngs=rngs))))(nnx.Rngs(0))
+    inject_lora(model, 50, 4.0, ["0"], rngs=nnx.Rngs(1))
+    (module,) = lora_modules(model).values()
+    # 20,000 draws a matrix: the variance's standard error is 1 %.
+    np.testing.assert_allclose(module.lora_a[...].var(axis=(1, 2)) * 400, 1.0, atol=0.05)
+    assert not np.array_equal(module.lora_a[0], module.lora_a[1])
+    assert not module.lora_b[...].any()
+
+
+def test_dropout_acts_in_training_only_and_differs_between_layers_and_calls():
+    model, tokens = decoder()
+    randomized(inject_lora(model, 2, 64.0, "qv", rngs=nnx.Rngs(1), dropout=0.5))
+    forward = nnx.jit(lambda m, x: m(x))
+    model.train()
+    first, second = forward(model, tokens), forward(model, tokens)
+    assert not np.array_equal(first, second)
+    model.eval()
+    np.testing.assert_array_equal(forward(model, tokens), forward(model, tokens))
+    keys = jax.random.key_data(lora_modules(model)["layers.self_attn.q_proj"].dropout.rngs.key[...])
+    assert len(np.unique(keys, axis=0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"targets": ["q_proj", "nope"]}, r"LoRA targets \['nope'\] match no Linear.*layers.self_attn.q_proj"),
+        ({"targets": "qz"}, r"LoRA targets \['qz'\] match no Linear layer.*one of \['qv', 'qkvo', 'qkvogud'\]"),
+        ({"targets": []}, r"LoRA targets \['\(no target\)'\]"),
+        ({"rank": 0}, r"rank=0 is not a positive integer"),
+        ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
+    ],
+)
+def test_errors(kwargs, message):
+    model, _ = decoder()
+    with pytest.raises(ValueError, match=message):
+        inject_lora(model, **{"rank": 2, "alpha": 4.0, "targets": "qv", "rngs": nnx.Rngs(1)} | kwargs)
+    assert not lora_modules(model)
+
+
+def test_adapters_are_not_stacked_and_nothing_is_not_merged():
+    model, _ = decoder()
+    with pytest.raises(ValueError, match="no LoRA adapters to merge"):
+        merge_lora(model)
+    inject_lora(model, 2, 4.0, "qv", rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"adapters already, at layers.self_attn.q_proj.*merge_lora"):
+        inject_lora(model, 2, 4.0, "qv", rngs=nnx.Rngs(1))
