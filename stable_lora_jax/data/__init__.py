@@ -1,0 +1,43 @@
+"""Data: real questions and your own, as token numbers and as batches of NumPy arrays. It knows no model."""
+
+from stable_lora_jax.data.assets import cache_dir, qa_wheel, smollm2_gguf
+from stable_lora_jax.data.batches import Batch, BatchesByStep, TrainBatches, bucket, eval_batches, make_batch, prefetch
+from stable_lora_jax.data.jsonl import Completion, load_jsonl
+from stable_lora_jax.data.prompts import (
+    PROMPT_FORMATS,
+    Encoded,
+    encode_all,
+    encode_completion,
+    encode_question,
+    format_question,
+    right_branch_only,
+)
+from stable_lora_jax.data.tasks import TASKS, Question, load_task
+from stable_lora_jax.data.tokenizer import SMOLLM2, load_tokenizer
+
+__all__ = [
+    "PROMPT_FORMATS",
+    "SMOLLM2",
+    "TASKS",
+    "Batch",
+    "BatchesByStep",
+    "Completion",
+    "Encoded",
+    "Question",
+    "TrainBatches",
+    "bucket",
+    "cache_dir",
+    "encode_all",
+    "encode_completion",
+    "encode_question",
+    "eval_batches",
+    "format_question",
+    "load_jsonl",
+    "load_task",
+    "load_tokenizer",
+    "make_batch",
+    "prefetch",
+    "qa_wheel",
+    "right_branch_only",
+    "smollm2_gguf",
+]

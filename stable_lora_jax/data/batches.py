@@ -1,0 +1,277 @@
+"""Rows, batches and their order: what a model sees at a step depends on (data, seed, step) only.
+
+A row holds one question. Its own tokens stand there once and are shared by all answers:
+
+    tokens     q0 q1 q2 | a0 a1 | b0        prefix q (p = 3), branches a = a0 a1 a2 and b = b0 b1
+    positions   0  1  2 |  3  4 |  3        a branch goes on from the prefix
+    segments    0  0  0 |  1  1 |  2        0 prefix, c + 1 branch c, -1 padding
+    read_at     2  3  4 |  2  5             where each target is predicted
+    targets    a0 a1 a2 | b0 b1
+
+A branch's first token is predicted at the last prefix token, and its last token predicts nothing, so k tokens take
+k - 1 places. Token i sees token j where j <= i and (segments[j] == segments[i] or segments[j] == 0). Padding has its
+own segment, so no token sees it but padding, which sees itself (no softmax is empty).
+
+T and P are padded up to `bucket` sizes, so the number of compiled shapes is bounded.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+from stable_lora_jax.data.prompts import Encoded
+
+_CHUNK_BATCHES = 32
+
+
+class Batch(NamedTuple):
+    """B rows of T input tokens and P predicted tokens (see the module's drawing).
+
+    Attributes:
+        tokens: token numbers, 0 in padding.
+        positions: position of each token in its sequence, 0 in padding.
+        segments: 0 prefix, c + 1 branch c, -1 padding.
+        read_at: index in the row of the token whose output predicts the target, 0 in padding.
+        targets: token numbers to predict, 0 in padding.
+        branch: branch of each target, -1 in padding.
+        answer: index of the right branch, -1 in a padding row.
+    """
+
+    tokens: Int32[np.ndarray, "B T"]
+    positions: Int32[np.ndarray, "B T"]
+    segments: Int32[np.ndarray, "B T"]
+    read_at: Int32[np.ndarray, "B P"]
+    targets: Int32[np.ndarray, "B P"]
+    branch: Int32[np.ndarray, "B P"]
+    answer: Int32[np.ndarray, " B"]
+
+
+def bucket(size: int, *, smallest: int, steps: int) -> int:
+    """The least allowed size that is not below `size`: `smallest`, and `steps` even steps to each doubling of it.
+
+    >>> [bucket(size, smallest=16, steps=2) for size in (1, 17, 25, 33, 64, 65, 1000)]
+    [16, 24, 32, 48, 64, 96, 1024]
+
+    Args:
+        size: >= 0.
+        smallest: the least result; a multiple of `steps`.
+        steps: more steps, less padding and more shapes to compile.
+    """
+    if size <= smallest:
+        return smallest
+    octave = smallest << (((size - 1) // smallest).bit_length() - 1)
+    step = octave // steps
+    return -(-size // step) * step
+
+
+def make_batch(
+    examples: Sequence[Encoded],
+    *,
+    num_rows: int | None = None,
+    width: int | None = None,
+    num_targets: int | None = None,
+) -> Batch:
+    """The rows of the examples, in their order.
+
+    Args:
+        examples: one per row, at least one.
+        num_rows: B; rows beyond the examples are padding. The number of examples if None.
+        width: T; the bucket of the longest row if None.
+        num_targets: P; the bucket of the most targets if None.
+    """
+    num_rows = num_rows or len(examples)
+    width = width or _train_width(max(example.length for example in examples))
+    num_targets = num_targets or _targets_bucket(max(example.num_targets for example in examples))
+
+    def full(value: int, *shape: int) -> np.ndarray:
+        return np.full(shape, value, np.int32)
+
+    batch = Batch(
+        tokens=full(0, num_rows, width),
+        positions=full(0, num_rows, width),
+        segments=full(-1, num_rows, width),
+        read_at=full(0, num_rows, num_targets),
+        targets=full(0, num_rows, num_targets),
+        branch=full(-1, num_rows, num_targets),
+        answer=full(-1, num_rows),
+    )
+    for row, example in enumerate(examples):
+        _fill_row(batch, row, example)
+    return batch
+
+
+def _fill_row(batch: Batch, row: int, example: Encoded) -> None:
+    prefix_length = len(example.prefix)
+    batch.tokens[row, :prefix_length] = example.prefix
+    batch.positions[row, :prefix_length] = np.arange(prefix_length)
+    batch.segments[row, :prefix_length] = 0
+    batch.answer[row] = example.answer
+    start, first = prefix_length, 0
+    for index, tokens in enumerate(example.branches):
+        inputs = slice(start, start + len(tokens) - 1)
+        batch.tokens[row, inputs] = tokens[:-1]
+        batch.positions[row, inputs] = np.arange(prefix_length, prefix_length + len(tokens) - 1)
+        batch.segments[row, inputs] = index + 1
+        batch.read_at[row, first] = prefix_length - 1
+        batch.read_at[row, first + 1 : first + len(tokens)] = np.arange(inputs.start, inputs.stop)
+        batch.targets[row, first : first + len(tokens)] = tokens
+        batch.branch[row, first : first + len(tokens)] = index
+        start, first = inputs.stop, first + len(tokens)
+
+
+class TrainBatches:
+    """Training batches by step: `batches[step]` for any step >= 0, the same in every process.
+
+    Each epoch is a fresh permutation; inside runs of 32 batches examples are sorted by size, so rows of a batch need
+    little padding, and then the batches are shuffled. Examples that fill no whole batch are left out of that epoch.
+
+    Args:
+        examples: all branches (softmax over the choices) or `right_branch_only` (answer tokens).
+        batch_size: B.
+        seed: >= 0.
+        max_length: longest row allowed, in tokens.
+
+    Raises:
+        ValueError: fewer examples than a batch, an example that is too long, a negative seed or step.
+    """
+
+    def __init__(self, examples: Sequence[Encoded], *, batch_size: int, seed: int, max_length: int):
+        if not 1 <= batch_size <= len(examples):
+            raise ValueError(
+                f"batch_size is {batch_size}; allowed are 1 to the number of examples, {len(examples)}. "
+                "Choose a smaller batch or give more data."
+            )
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; allowed are integers from 0. Choose another seed.")
+        _check_lengths(examples, max_length)
+        self._examples = examples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._sort_keys = np.array([(_train_width(example.length), example.num_targets) for example in examples])
+        # Two, because a prefetching thread may be one epoch ahead.
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the data."""
+        return len(self._examples) // self._batch_size
+
+    def indices(self, step: int) -> Int32[np.ndarray, " B"]:
+        """Which examples the batch of a step holds, row by row."""
+        if step < 0:
+            raise ValueError(f"step is {step}; allowed are integers from 0. Count steps from the start of training.")
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[batch]
+
+    def __getitem__(self, step: int) -> Batch:
+        return make_batch([self._examples[index] for index in self.indices(step)])
+
+    def _epoch_order(self, epoch: int) -> Int32[np.ndarray, "steps B"]:
+        rng = np.random.default_rng((self._seed, epoch))
+        order = rng.permutation(len(self._examples)).astype(np.int32)
+        order = order[: self.steps_per_epoch * self._batch_size]
+        width, num_targets = self._sort_keys[order].T
+        chunk = np.arange(len(order)) // (_CHUNK_BATCHES * self._batch_size)
+        batches = order[np.lexsort((num_targets, width, chunk))].reshape(-1, self._batch_size)
+        return rng.permutation(batches)
+
+
+def eval_batches(
+    examples: Sequence[Encoded], *, max_tokens: int = 2048, max_length: int = 8192, rows_multiple_of: int = 1
+) -> list[tuple[list[int], Batch]]:
+    """Batches that hold every example once, longest first, so that too little memory shows at once.
+
+    Examples of about one length form a group, cut evenly into batches of one shape: one compilation per group.
+
+    Args:
+        examples: usually with all branches.
+        max_tokens: most tokens of a batch, B * T. A longer row stands alone.
+        max_length: longest row allowed, in tokens.
+        rows_multiple_of: B is a multiple of this (at least once this), e.g. the number of devices that share a batch.
+
+    Returns:
+        (indices of the examples, batch) pairs; row i of the batch is the example `indices[i]`, further rows are
+        padding.
+
+    Raises:
+        ValueError: an example that is too long, or max_tokens or rows_multiple_of below 1.
+    """
+    if min(max_tokens, rows_multiple_of) < 1:
+        raise ValueError(
+            f"max_tokens is {max_tokens} and rows_multiple_of is {rows_multiple_of}; both must be at least 1. "
+            "Leave them out for 2048 and 1."
+        )
+    _check_lengths(examples, max_length)
+    batches = []
+    for group in _groups_by_width(examples, max_tokens // 2):
+        width = _eval_width(examples[group[0]].length)
+        num_targets = _targets_bucket(max(examples[index].num_targets for index in group))
+        units_allowed = max(1, max_tokens // (width * rows_multiple_of))
+        units = _ceil_div(len(group), rows_multiple_of)
+        rows = rows_multiple_of * _ceil_div(units, _ceil_div(units, units_allowed))
+        for start in range(0, len(group), rows):
+            chosen = group[start : start + rows]
+            batch = make_batch(
+                [examples[index] for index in chosen], num_rows=rows, width=width, num_targets=num_targets
+            )
+            batches.append((chosen, batch))
+    return batches
+
+
+def _groups_by_width(examples: Sequence[Encoded], min_tokens: int) -> list[list[int]]:
+    """Indices, longest first, cut where the width falls; a group below min_tokens also takes narrower examples."""
+    groups: list[list[int]] = []
+    group_width = 0
+    for index in sorted(range(len(examples)), key=lambda index: examples[index].length, reverse=True):
+        width = _eval_width(examples[index].length)
+        if not groups or (width < group_width and len(groups[-1]) * group_width >= min_tokens):
+            groups.append([])
+            group_width = width
+        groups[-1].append(index)
+    return groups
+
+
+class BatchesByStep(Protocol):
+    """What `prefetch` needs: a batch for any step, as `TrainBatches` gives."""
+
+    def __getitem__(self, step: int, /) -> Batch: ...
+
+
+def prefetch(batches: BatchesByStep, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) for start <= step < stop, made in a thread up to 8 steps ahead of the loop.
+
+    An error while making a batch is raised in the loop, at its step.
+    """
+    import grain
+
+    steps = grain.MapDataset.range(start, stop).map(lambda step: (int(step), batches[int(step)]))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+
+
+def _train_width(length: int) -> int:
+    return bucket(length, smallest=16, steps=2)
+
+
+def _eval_width(length: int) -> int:
+    # Evaluation has one number of targets per group, so it can afford more widths.
+    return bucket(length, smallest=16, steps=4)
+
+
+def _targets_bucket(num_targets: int) -> int:
+    return bucket(num_targets, smallest=8, steps=1)
+
+
+def _ceil_div(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def _check_lengths(examples: Sequence[Encoded], max_length: int) -> None:
+    for index, example in enumerate(examples):
+        if example.length > max_length:
+            raise ValueError(
+                f"example {index} takes {example.length} tokens; max_length allows {max_length}. "
+                "Raise max_length (and mind the model's context), or shorten or remove the example."
+            )
