@@ -8,6 +8,7 @@ Here the rule is applied: digits one by one first, then byte-level BPE. On the t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
                 f"no GGUF file {path}; give the path of an existing file, or the name {SMOLLM2!r}, which needs none."
             )
         return _from_gguf(path)
+    if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name_or_path)):
+        raise ValueError(
+            f"no tokenizer {str(name_or_path)!r}: allowed are {SMOLLM2!r}, an existing .gguf file, an existing folder "
+            "with tokenizer files, or a hub name 'owner/model'. Correct the name or path."
+        )
     return _from_hub(str(name_or_path))
 
 

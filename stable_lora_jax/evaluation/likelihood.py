@@ -1,0 +1,122 @@
+"""Log-likelihoods of answers, and the accuracies that follow from them.
+
+A row holds a question once and all its choices (see `stable_lora_jax.data.batches`), so the shared prefix is computed
+once; logits are computed only where an answer token is predicted.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from stable_lora_jax.data import Batch, Encoded, eval_batches
+from stable_lora_jax.models import Decoder
+
+
+def target_log_likelihoods(model: Decoder, batch: Batch) -> Float[Array, "B P"]:
+    """Returns log p of every predicted token, float32 nats; 0 in padding."""
+    tokens, positions, segments, read_at, targets, branch, _ = map(jnp.asarray, batch)
+    hidden = model.hidden_states(tokens, positions, segments)
+    logits = model.logits(jnp.take_along_axis(hidden, read_at[..., None], axis=1))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(branch >= 0, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+
+def branch_log_likelihoods(
+    target: Float[Array, "B P"], branch: ArrayLike, num_branches: int
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Returns each branch's summed log-likelihood and its number of tokens.
+
+    Args:
+      target: log p of the predicted tokens.
+      branch: (B, P) branch of each token, -1 in padding.
+      num_branches: C, at least the number of branches of any row.
+    """
+    member = (jnp.asarray(branch)[..., None] == jnp.arange(num_branches)).astype(target.dtype)
+    return jnp.einsum("bp,bpc->bc", target, member), member.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of questions.
+
+    Attributes:
+      log_likelihood: per question, the summed log p of each choice, nats.
+      num_tokens: per question, the number of tokens of each choice.
+      answer: per question, the index of the right choice.
+    """
+
+    log_likelihood: tuple[np.ndarray, ...]
+    num_tokens: tuple[np.ndarray, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def accuracy_sum(self) -> float:
+        """Share of questions whose right choice has the largest log p."""
+        return float(np.mean([s.argmax() == a for s, a in zip(self.log_likelihood, self.answer, strict=True)]))
+
+    @property
+    def accuracy_token(self) -> float:
+        """Share of questions whose right choice has the largest log p per token."""
+        per_token = [s / n for s, n in zip(self.log_likelihood, self.num_tokens, strict=True)]
+        return float(np.mean([s.argmax() == a for s, a in zip(per_token, self.answer, strict=True)]))
+
+    @property
+    def nll_token(self) -> float:
+        """Negative log-likelihood of the right answers, nats per token, over all their tokens."""
+        right = [(s[a], n[a]) for s, n, a in zip(self.log_likelihood, self.num_tokens, self.answer, strict=True)]
+        return float(-sum(s for s, _ in right) / sum(n for _, n in right))
+
+    def summary(self) -> dict[str, float]:
+        """Returns the three figures by name, with the number of questions."""
+        return {
+            "accuracy_sum": self.accuracy_sum,
+            "accuracy_token": self.accuracy_token,
+            "nll_token": self.nll_token,
+            "questions": len(self.answer),
+        }
+
+
+def evaluate(
+    model: Decoder, examples: Sequence[Encoded], *, max_tokens: int = 2048, progress: bool = False
+) -> Evaluation:
+    """Returns the scores of every choice of every example, in the order given.
+
+    Args:
+      model: with or without adapters; dropout is off while it is evaluated.
+      examples: questions with all their branches.
+      max_tokens: most tokens of a batch; bounds memory.
+      progress: show a progress bar.
+
+    Raises:
+      ValueError: no examples, or one longer than the model's context.
+    """
+    if not examples:
+        raise ValueError("evaluate got no examples. Give at least one question.")
+    graph, state = nnx.split(nnx.view(model, deterministic=True, raise_if_not_found=False))
+    sums: list[np.ndarray] = [np.empty(0)] * len(examples)
+    counts = [np.array([len(branch) for branch in example.branches]) for example in examples]
+    batches = eval_batches(examples, max_tokens=max_tokens, max_length=model.config.max_positions)
+    with tqdm(total=len(examples), desc="evaluate", unit="question", disable=not progress) as bar:
+        for indices, batch in batches:
+            scores = np.asarray(_score(graph, state, jax.device_put(batch)), np.float64)
+            for row, index in enumerate(indices):
+                sums[index] = np.array(
+                    [scores[row][batch.branch[row] == branch].sum() for branch in range(len(counts[index]))]
+                )
+            bar.update(len(indices))
+    return Evaluation(
+        log_likelihood=tuple(sums), num_tokens=tuple(counts), answer=tuple(example.answer for example in examples)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
+    return target_log_likelihoods(nnx.merge(graph, state), batch)

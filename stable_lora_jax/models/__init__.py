@@ -1,0 +1,19 @@
+"""Decoders that adapters train on: Llama and Qwen2 in Flax NNX, loaded from Hugging Face or GGUF files."""
+
+from stable_lora_jax.models.cache import KVCache, init_cache
+from stable_lora_jax.models.config import DecoderConfig, Llama3RopeScaling, config_from_hf
+from stable_lora_jax.models.decoder import Decoder
+from stable_lora_jax.models.generation import generate, stream
+from stable_lora_jax.models.loading import load_model
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "KVCache",
+    "Llama3RopeScaling",
+    "config_from_hf",
+    "generate",
+    "init_cache",
+    "load_model",
+    "stream",
+]

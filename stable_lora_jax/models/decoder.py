@@ -1,0 +1,257 @@
+"""One decoder for Llama and Qwen2, whose layers are one module with stacked parameters, run by a scan.
+
+Stacking keeps compile time independent of depth and lets one adapter module serve all layers: whatever replaces a
+projection (say `layers.self_attn.q_proj`) only has to hold its own state with a leading layer axis. The scan splits
+that state by kind: `nnx.Param` is read, everything else (random number counters) is read and written back.
+
+Attribute names follow Hugging Face, so a path here is a path there without the layer index. Kernels are (in, out).
+Normalisation, rotary embedding, softmax and logits are float32 whatever the computation dtype.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from stable_lora_jax.models.cache import KVCache
+from stable_lora_jax.models.config import DecoderConfig
+from stable_lora_jax.models.rotary import Rotation, rotary_frequencies, rotate, rotation_at
+
+# One object, not one per model: graph definitions compare initializers by identity, and jit caches compare those.
+_INIT = nnx.initializers.normal(0.02)
+
+Hidden = Float[Array, "batch length width"]
+
+
+class _Sight(NamedTuple):
+    """What all layers share about where tokens are and what they see."""
+
+    positions: Int[Array, "#batch length"]
+    rotation: Rotation
+    bias: Float[Array, "#batch 1 length 1 keys"]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embedding."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+        query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        linear = partial(nnx.Linear, kernel_init=_INIT, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.q_proj = linear(config.hidden_size, query_width, use_bias=config.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
+        self.o_proj = linear(query_width, config.hidden_size, use_bias=False)
+
+    def __call__(
+        self, x: Hidden, sight: _Sight, cache: KVCache | None, layer: Int[Array, ""]
+    ) -> tuple[Hidden, KVCache | None]:
+        """The attended values, and the cache with this layer's keys and values when one is given."""
+        batch, length, _ = x.shape
+        split = (batch, length, -1, self.head_dim)
+        query = rotate(self.q_proj(x).reshape(split), sight.rotation)
+        key = rotate(self.k_proj(x).reshape(split), sight.rotation)
+        value = self.v_proj(x).reshape(split)
+        if cache is not None:
+            cache = cache.write(layer, sight.positions, key, value)
+            key, value = cache.keys[layer], cache.values[layer]
+        # b batch, t query, s key, k key-value head, g query head within its group, h feature
+        query = query.reshape(batch, length, self.num_kv_heads, -1, self.head_dim) * self.head_dim**-0.5
+        scores = jnp.einsum("btkgh,bskh->bktgs", query, key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores + sight.bias, axis=-1).astype(value.dtype)
+        attended = jnp.einsum("bktgs,bskh->btkgh", weights, value)
+        return self.o_proj(attended.reshape(batch, length, -1)), cache
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)); arXiv 2002.05202, eq. 6."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        linear = partial(nnx.Linear, use_bias=False, kernel_init=_INIT, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """The transformed features."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        norm = partial(
+            *(nnx.RMSNorm, config.hidden_size),
+            epsilon=config.rms_norm_eps,
+            rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.post_attention_layernorm = norm()
+        self.mlp = FeedForward(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    def __call__(
+        self, x: Hidden, sight: _Sight, cache: KVCache | None, layer: Int[Array, ""]
+    ) -> tuple[Hidden, KVCache | None]:
+        """The next residual stream, and the cache with this layer's keys and values when one is given."""
+        attended, cache = self.self_attn(self.input_layernorm(x), sight, cache, layer)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """A causal language model of the Llama or Qwen2 architecture.
+
+    `layers` is ONE `DecoderLayer` whose every array has a leading axis of `num_layers`; it is run by a scan and not
+    meant to be called itself.
+
+    Args:
+        config: sizes and switches.
+        rngs: stream for the initial parameters.
+        dtype: of the computation.
+        param_dtype: of the stored parameters.
+        remat: recompute each layer in the backward pass instead of storing its intermediate values.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from stable_lora_jax.models import Decoder, DecoderConfig
+        >>> config = DecoderConfig(
+        ...     vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2,
+        ...     num_kv_heads=1, head_dim=4, rms_norm_eps=1e-5, max_positions=32,
+        ... )
+        >>> decoder = Decoder(config, rngs=nnx.Rngs(0))
+        >>> decoder(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 11)
+        >>> decoder.layers.self_attn.q_proj.kernel.shape
+        (2, 8, 8)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+    ):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        width = config.hidden_size
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+        # The embedding keeps param_dtype: only the rows that are looked up are converted, not the whole table.
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, width, embedding_init=_INIT, rngs=rngs, param_dtype=param_dtype
+        )
+        self.layers = stacked_layers(rngs)
+        self.norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        if config.tie_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = nnx.Linear(
+                width,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=_INIT,
+                rngs=rngs,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                preferred_element_type=jnp.float32,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Float32 logits of the token after each position; arguments as in `hidden_states`."""
+        return self.logits(self.hidden_states(tokens, positions, segments))
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Hidden:
+        """Normalised output of the last layer.
+
+        Query i sees key j iff j <= i in row order and (segments[j] == segments[i] or segments[j] == 0). So segment 0
+        is a prefix shared by the branches 1, 2, ... (or 1, 2, ... are packed documents), and negative is padding.
+
+        Args:
+            tokens: ids in [0, vocab_size).
+            positions: rotary positions from 0; None counts along the row.
+            segments: as above; None is plain causal attention.
+        """
+        length = tokens.shape[1]
+        if positions is None:
+            positions = jnp.arange(length)[None]
+        visible = jnp.tril(jnp.ones((length, length), bool))[None]
+        if segments is not None:
+            keys = segments[:, None, :]
+            visible = visible & ((keys == segments[:, :, None]) | (keys == 0))
+        return self._run(tokens, positions, visible, None)[0]
+
+    def extend(
+        self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: KVCache
+    ) -> tuple[Hidden, KVCache]:
+        """Normalised output for `tokens` appended to what `cache` holds, and the cache with them.
+
+        A token is stored in the slot of its position and sees every slot up to there. So rows may have different
+        lengths: what padding on the right leaves in later slots is overwritten before any token can see it.
+
+        Args:
+            tokens: ids in [0, vocab_size).
+            positions: of the tokens, in [0, slots); each row's continues where its last real token ended.
+            cache: from `init_cache` or an earlier call.
+        """
+        visible = jnp.arange(cache.keys.shape[2]) <= positions[:, :, None]
+        hidden, cache_out = self._run(tokens, positions, visible, cache)
+        assert cache_out is not None  # for the type checker: a cache that goes in comes out
+        return hidden, cache_out
+
+    def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
+        """Float32 logits of normalised hidden states, over any leading axes."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        embedding = self.embed_tokens.embedding[...].astype(self.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+
+    def _run(self, tokens, positions, visible, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
+        config = self.config
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        sight = _Sight(
+            positions=positions,
+            rotation=rotation_at(positions, frequencies),
+            # Added, not selected: the backward pass of an addition costs nothing.
+            bias=jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)[:, None, :, None, :],
+        )
+        graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
+
+        def step(carry, xs):
+            hidden, cache = carry
+            index, params, rest = xs
+            layer = nnx.merge(graph, params, rest)
+            carry = layer(hidden, sight, cache, index)
+            return carry, nnx.split(layer, nnx.Param, ...)[2]
+
+        if self.remat:
+            step = jax.checkpoint(step, prevent_cse=False)
+        hidden = self.embed_tokens(tokens).astype(self.dtype)
+        xs = (jnp.arange(config.num_layers), params, rest)
+        (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs)
+        nnx.update(self.layers, rest)
+        return self.norm(hidden), cache

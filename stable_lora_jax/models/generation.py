@@ -1,0 +1,177 @@
+"""Greedy and temperature sampling with a key-value cache.
+
+Prompts are padded on the right to a power of two, so that calls of similar length share one compilation. Adapters are
+welcome: any model whose layers still answer like a `Decoder` generates. Dropout is switched off for the generation.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from stable_lora_jax.models.cache import KVCache, init_cache
+from stable_lora_jax.models.decoder import Decoder
+
+_SMALLEST_BUCKET = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What generation carries from token to token; `positions` are those of `tokens`, the newest of each row."""
+
+    tokens: Int[Array, " batch"]
+    positions: Int[Array, " batch"]
+    cache: KVCache
+    key: Key[Array, ""]
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, without the prompt and without the end token.
+
+    Args:
+        model: a decoder, with or without adapters.
+        prompts: token ids; lengths may differ, none may be empty.
+        max_new_tokens: most tokens to add to each prompt.
+        eos_id: the token that ends an answer; None never ends early.
+        temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
+        key: from `jax.random.key`; needed iff temperature > 0.
+
+    Raises:
+        ValueError: an empty prompt, a length beyond the model's positions, a bad temperature or a missing key.
+
+    Example:
+        >>> from stable_lora_jax.models import generate, load_model
+        >>> model = load_model("smollm2-135m")  # doctest: +SKIP
+        >>> generate(model, [[504, 3575, 282, 4649, 314]], max_new_tokens=2)  # doctest: +SKIP
+        [[7042, 30]]
+    """
+    tokens, lengths = _pad(model, prompts, max_new_tokens)
+    key = _checked_key(temperature, key)
+    graph, params = nnx.split(model)
+    end = -1 if eos_id is None else eos_id
+    answers = np.asarray(
+        _generate(graph, params, tokens, lengths, key, temperature, end, steps=max_new_tokens, greedy=temperature == 0)
+    ).tolist()
+    return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
+
+
+def stream(
+    model: Decoder,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Iterator[int]:
+    """The same tokens as `generate` for one prompt, each as soon as it is known; arguments and errors as there."""
+    tokens, lengths = _pad(model, [prompt], max_new_tokens)
+    key = _checked_key(temperature, key)
+    graph, params = nnx.split(model)
+    slots, greedy = tokens.shape[1] + max_new_tokens, temperature == 0
+    state = _start(graph, params, tokens, lengths, key, temperature, slots=slots, greedy=greedy)
+    for step in range(max_new_tokens):
+        if step:
+            state = _advance(graph, params, state, temperature, greedy=greedy)
+        token = int(state.tokens[0])
+        if token == eos_id:
+            return
+        yield token
+
+
+def _pad(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts as one array padded on the right to a power of two, and their lengths."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(lengths) or not lengths.all():
+        raise ValueError(
+            f"generate: {len(prompts)} prompts with lengths {lengths.tolist()}; at least one prompt is needed and none "
+            "may be empty; begin an empty prompt with the model's start token."
+        )
+    room = model.config.max_positions - int(lengths.max())
+    if not 1 <= max_new_tokens <= room:
+        raise ValueError(
+            f"generate: max_new_tokens={max_new_tokens} after a prompt of {lengths.max()}; the model's "
+            f"{model.config.max_positions} positions allow 1 to {room}; shorten the prompt or ask for fewer."
+        )
+    bucket = max(_SMALLEST_BUCKET, 1 << (int(lengths.max()) - 1).bit_length())
+    tokens = np.zeros((len(prompts), bucket), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+def _checked_key(temperature: float, key: Key[Array, ""] | None) -> Key[Array, ""]:
+    if temperature < 0 or (temperature > 0) != (key is not None):
+        raise ValueError(
+            f"generate: temperature={temperature} with key={key}; allowed are temperature 0 without a key and a "
+            "positive temperature with one; pass key=jax.random.key(seed) to sample, or neither for greedy."
+        )
+    return jax.random.key(0) if key is None else key
+
+
+def _choose(logits: Float[Array, "batch vocab"], key: Key[Array, ""], temperature: Float[Array, ""], greedy: bool):
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
+
+
+def _evaluating(graph: nnx.GraphDef, params: nnx.State) -> Decoder:
+    """The model without dropout; a copy, so that the caller's keeps its mode."""
+    model = nnx.merge(graph, params, copy=True)
+    model.eval()
+    return model
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "slots", "greedy"))
+def _start(graph, params, tokens, lengths, key, temperature, *, slots: int, greedy: bool) -> _State:
+    """Reads the prompts and chooses the first new token of each."""
+    model = _evaluating(graph, params)
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    hidden, cache = model.extend(tokens, positions, init_cache(model.config, batch, slots, model.dtype))
+    key, subkey = jax.random.split(key)
+    last = model.logits(hidden[jnp.arange(batch), lengths - 1])
+    return _State(tokens=_choose(last, subkey, temperature, greedy), positions=lengths, cache=cache, key=key)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "greedy"), donate_argnames="state")
+def _advance(graph, params, state: _State, temperature, *, greedy: bool) -> _State:
+    """Reads the newest tokens and chooses the next."""
+    model = _evaluating(graph, params)
+    hidden, cache = model.extend(state.tokens[:, None], state.positions[:, None], state.cache)
+    key, subkey = jax.random.split(state.key)
+    tokens = _choose(model.logits(hidden[:, 0]), subkey, temperature, greedy)
+    return _State(tokens=tokens, positions=state.positions + 1, cache=cache, key=key)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "steps", "greedy"))
+def _generate(graph, params, tokens, lengths, key, temperature, end, *, steps: int, greedy: bool):
+    """Up to `steps` tokens per row, filled with `end` after the first `end`; stops when all rows have ended."""
+    slots = tokens.shape[1] + steps
+    state = _start(graph, params, tokens, lengths, key, temperature, slots=slots, greedy=greedy)
+    answers = jnp.full((tokens.shape[0], steps), end, jnp.int32).at[:, 0].set(state.tokens)
+
+    def unfinished(loop):
+        step, _, answers = loop
+        return (step < steps) & ~jnp.all(jnp.any((answers == end) & (jnp.arange(steps) < step), axis=1))
+
+    def one_more(loop):
+        step, state, answers = loop
+        state = _advance(graph, params, state, temperature, greedy=greedy)
+        return step + 1, state, answers.at[:, step].set(state.tokens)
+
+    return jax.lax.while_loop(unfinished, one_more, (1, state, answers))[2]

@@ -1,0 +1,96 @@
+"""Figures of a run, from its metrics.jsonl alone: how each pair's norms and gap move, and where it becomes stable."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from stable_lora_jax.training.metrics import read_metrics, stop_steps
+
+_ROWS = (("norm_a", "‖A‖"), ("norm_b", "‖B‖"), ("gap", "gap = (‖A‖/n) / (‖B‖/m)"))
+
+
+def plot_norms(run: Path) -> Figure:
+    """Returns ‖A‖, ‖B‖ and gap over the steps: a column a module, a line a layer, a dot where the layer stopped.
+
+    Args:
+      run: a run directory.
+
+    Raises:
+      ValueError: no norms are recorded there.
+    """
+    lines = _lines(run)
+    records = [line for line in lines if "norms" in line]
+    if not records:
+        raise ValueError(f"{run}/metrics.jsonl holds no norms. Train with --norms-every 10, say.")
+    steps, pairs, stops = [line["step"] for line in records], list(records[0]["norms"]), stop_steps(lines)
+    figure = Figure(figsize=(4.2 * len(pairs) + 0.8, 8), layout="constrained")
+    axes = figure.subplots(len(_ROWS), len(pairs), sharex=True, sharey="row", squeeze=False)
+    for column, pair in enumerate(pairs):
+        for row, (field, label) in enumerate(_ROWS):
+            ax = axes[row, column]
+            _draw_layers(ax, steps, [line["norms"][pair][field] for line in records], stops.get(pair, {}))
+            if field == "gap":
+                ax.set(yscale="log", xlabel="step")
+                ax.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+            if column == 0:
+                ax.set_ylabel(label)
+        axes[0, column].set_title(_title(pair))
+    figure.suptitle(f"{run.name}: one line a layer (dark: first), dots: the layer's shrink stopped")
+    return figure
+
+
+def plot_losses(runs: Mapping[str, Path]) -> Figure:
+    """Returns the training loss of several runs over the steps, with a running mean of 20 steps.
+
+    Args:
+      runs: label -> run directory.
+
+    Raises:
+      ValueError: a directory without metrics.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    for number, (label, run) in enumerate(runs.items()):
+        lines = [line for line in _lines(run) if "loss" in line]
+        steps, losses = [line["step"] for line in lines], np.array([line["loss"] for line in lines], float)
+        width = min(20, len(losses))
+        ax.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
+        mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+        ax.plot(steps[width - 1 :], mean, color=f"C{number}", label=label)
+    ax.set(xlabel="step", ylabel="training loss, nats a token")
+    ax.legend()
+    return figure
+
+
+def _draw_layers(ax: Any, steps: list[int], values: list[Any], stops: dict[tuple[int, ...], int]) -> None:
+    """Draws one line per matrix of a stack; null, which is an infinite gap, is left out."""
+    grid = np.array(values, dtype=float).reshape(len(steps), -1)
+    stack = np.array(values, dtype=object).shape[1:]
+    colors = _shades(grid.shape[1])
+    for layer in range(grid.shape[1]):
+        ax.plot(steps, grid[:, layer], color=colors[layer], linewidth=0.9)
+        index = tuple(int(i) for i in np.unravel_index(layer, stack)) if stack else ()
+        if index in stops:
+            height = np.interp(stops[index], steps, grid[:, layer])
+            ax.plot([stops[index]], [height], marker="o", markersize=3.5, color=colors[layer], zorder=3)
+
+
+def _shades(count: int) -> np.ndarray:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0, 0.9, count))
+
+
+def _title(pair: str) -> str:
+    parts = [part for part in pair.split("/") if part not in ("layers", "lora")]
+    return ".".join(parts) or pair
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(run / "metrics.jsonl")
+    if not lines:
+        raise ValueError(f"{run} holds no metrics.jsonl with at least one line. Give the directory of a run.")
+    return lines

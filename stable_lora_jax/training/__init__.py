@@ -1,0 +1,45 @@
+"""Training of adapters: methods, losses, the step, and the loop around it."""
+
+from stable_lora_jax.training.checkpoints import Checkpoints, checkpoints
+from stable_lora_jax.training.loop import NonFiniteLossError, TrainResult, train
+from stable_lora_jax.training.loss import LOSSES, Loss, make_loss
+from stable_lora_jax.training.methods import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
+from stable_lora_jax.training.metrics import MetricsFile, read_metrics, stop_steps
+from stable_lora_jax.training.sharding import make_mesh
+from stable_lora_jax.training.step import (
+    Frozen,
+    StepMetrics,
+    TrainState,
+    compile_step,
+    init_state,
+    join_model,
+    split_model,
+    train_step,
+)
+
+__all__ = [
+    "LOSSES",
+    "METHODS",
+    "SCHEDULES",
+    "Checkpoints",
+    "Frozen",
+    "Loss",
+    "MetricsFile",
+    "NonFiniteLossError",
+    "StepMetrics",
+    "TrainResult",
+    "TrainState",
+    "checkpoints",
+    "compile_step",
+    "init_state",
+    "join_model",
+    "learning_rate_schedule",
+    "make_loss",
+    "make_mesh",
+    "make_optimizer",
+    "read_metrics",
+    "split_model",
+    "stop_steps",
+    "train",
+    "train_step",
+]

@@ -1,0 +1,210 @@
+"""The training loop: steps, metrics, checkpoints, and a clean end however it ends."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from stable_lora_jax.data import Batch, TrainBatches, prefetch
+from stable_lora_jax.optim import StableLoraState, stability, stable_lora_shrink
+from stable_lora_jax.optim.pairs import find_states
+from stable_lora_jax.training.checkpoints import checkpoints
+from stable_lora_jax.training.loss import Loss
+from stable_lora_jax.training.metrics import MetricsFile
+from stable_lora_jax.training.sharding import batch_sharding, make_mesh, replicated
+from stable_lora_jax.training.step import StepMetrics, TrainState, compile_step, init_state, place, split_model
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training met a loss or gradient that is not finite; the message names the step and what is kept."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training ended: steps done, the signal that stopped it early if any, and the last step's loss."""
+
+    steps: int
+    stopped_by: signal.Signals | None
+    loss: float | None
+
+
+def train(
+    model: nnx.Module,
+    batches: TrainBatches,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    loss: Loss,
+    total_steps: int,
+    learning_rate: optax.Schedule,
+    run_dir: Path,
+    mesh: Mesh | None = None,
+    accumulate: int = 1,
+    norms_every: int = 10,
+    save_every: int = 200,
+    keep: int = 2,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains the adapters inside `model`, in place, and returns how it ended.
+
+    SIGINT and SIGTERM let the step under way finish, save, and return. A loss or gradient that is not finite raises,
+    and leaves the last checkpoint as it is.
+
+    Args:
+      model: a model with adapters.
+      batches: the batch of every step.
+      optimizer: e.g. from `make_optimizer`.
+      loss: from `make_loss`.
+      total_steps: steps of the whole run, also when it is resumed.
+      learning_rate: by step, for the metrics.
+      run_dir: gets metrics.jsonl and checkpoints/.
+      mesh: from `make_mesh`; one device if None.
+      accumulate: parts that each batch is processed in.
+      norms_every: steps between two records of all pairs' norms.
+      save_every: steps between two checkpoints.
+      keep: checkpoints kept.
+      resume: go on from the newest checkpoint in `run_dir`.
+      progress: show a progress bar.
+
+    Raises:
+      NonFiniteLossError: see above.
+      ValueError: nothing to resume from.
+    """
+    mesh = mesh or make_mesh()
+    graph, adapters, frozen = split_model(model)
+    frozen = jax.device_put(frozen, place(mesh, frozen))
+    # A copy: the state is donated step by step, and the model must stay whole if a step fails.
+    state = jax.device_put(init_state(jax.tree.map(jnp.copy, adapters), optimizer), replicated(mesh))
+    with checkpoints(run_dir / "checkpoints", keep) as saved, _stop_signal() as stop:
+        if resume:
+            state = saved.restore(state)
+        start = int(state.step)
+        step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
+        bar = tqdm(total=total_steps, initial=start, desc="train", unit="step", disable=not progress)
+        with bar, closing(MetricsFile(run_dir / "metrics.jsonl", start)) as file:
+            record = _Record(file, bar, learning_rate, saved.latest_step)
+            if not start:
+                record.norms(state)
+            for index, batch in prefetch(batches, start, total_steps):
+                state, metrics = step(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
+                record.step(index + 1, metrics, batch)
+                if (index + 1) % norms_every == 0 or index + 1 == total_steps:
+                    record.norms(state)
+                if (index + 1) % save_every == 0 and index + 1 < total_steps:
+                    record.flush()
+                    saved.save(state)
+                if stop:
+                    break
+            record.flush()
+        saved.save(state)
+    nnx.update(model, state.adapters)
+    return TrainResult(int(state.step), stop[0] if stop else None, record.loss)
+
+
+@dataclass
+class _Record:
+    """Writes metrics one step late, so that the device is already busy with the next step when they are fetched."""
+
+    file: MetricsFile
+    bar: tqdm
+    learning_rate: optax.Schedule
+    latest_checkpoint: Callable[[], int | None]
+    loss: float | None = None
+    _waiting: tuple[int, StepMetrics, int] | None = None
+    _stable: dict[str, np.ndarray] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def step(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
+        """Takes the metrics of a step that may still be running, and writes those of the one before."""
+        self.flush()
+        self._waiting = (step, metrics, int((batch.segments >= 0).sum()))
+
+    def flush(self) -> None:
+        """Writes what is waiting, and raises if it is not finite."""
+        if self._waiting is None:
+            return
+        (step, metrics, tokens), self._waiting = self._waiting, None
+        self.loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
+        if not np.isfinite(self.loss) or not np.isfinite(grad_norm):
+            kept = self.latest_checkpoint()
+            raise NonFiniteLossError(
+                f"Step {step} has loss {self.loss} and gradient norm {grad_norm}. "
+                + (f"The checkpoint of step {kept} is kept. " if kept is not None else "No checkpoint was saved yet. ")
+                + "Lower the learning rate or the scale alpha / r, or look at the data of this step."
+            )
+        now = time.perf_counter()
+        rate, self._last = tokens / (now - self._last), now
+        pairs, stable = self._flags(step, metrics)
+        self.file.write(
+            step=step,
+            loss=self.loss,
+            grad_norm=grad_norm,
+            learning_rate=np.asarray(self.learning_rate(step - 1)),
+            tokens_per_second=rate,
+            stable=stable,
+            pairs=pairs,
+        )
+        told = {"stable pairs": f"{stable}/{pairs}"} if pairs else {}
+        self.bar.set_postfix({"loss": f"{self.loss:.3f}", "tok/s": f"{rate:.0f}", **told}, refresh=False)
+        self.bar.update()
+
+    def norms(self, state: TrainState) -> None:
+        """Writes norms and gap of every pair."""
+        self.flush()
+        report = jax.device_get(_norms(state))
+        norms = {name: {"norm_a": pair.norm_a, "norm_b": pair.norm_b, "gap": pair.gap} for name, pair in report.items()}
+        self.file.write(step=int(state.step), norms=norms)
+
+    def _flags(self, step: int, metrics: StepMetrics) -> tuple[int, int]:
+        """Writes which matrices became stable in this step; returns how many there are and how many are stable."""
+        flags = {name: np.asarray(flag) for name, flag in metrics.stable.items()}
+        for name, flag in flags.items():
+            before = self._stable.get(name)
+            for index in np.argwhere(flag if before is None else flag & ~before):
+                self.file.write(step=step, pair=name, index=index, stable=True)
+        self._stable = flags
+        return sum(flag.size for flag in flags.values()), int(sum(flag.sum() for flag in flags.values()))
+
+
+@jax.jit
+def _norms(state: TrainState):
+    # Methods without flags have norms all the same: read them beside fresh flags.
+    tracked = find_states(state.opt_state, StableLoraState) or stable_lora_shrink(0.0).init(state.adapters)
+    return stability(state.adapters, tracked)
+
+
+@contextmanager
+def _stop_signal() -> Iterator[list[signal.Signals]]:
+    """Yields a list that holds the first SIGINT or SIGTERM received; a second one acts at once."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
+        yield received
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def receive(number: int, frame: object) -> None:
+        received.append(signal.Signals(number))
+        restore()
+
+    def restore() -> None:
+        for kind in kinds:
+            signal.signal(kind, before[kind])
+
+    for kind in kinds:
+        signal.signal(kind, receive)
+    try:
+        yield received
+    finally:
+        restore()
