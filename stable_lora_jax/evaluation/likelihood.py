@@ -19,14 +19,15 @@ from tqdm import tqdm
 from stable_lora_jax.data import Batch, Encoded, eval_batches
 from stable_lora_jax.models import Decoder
 
+_CHUNK = 128  # targets whose logits are in memory at once while evaluating
+
 
 def target_log_likelihoods(model: Decoder, batch: Batch) -> Float[Array, "B P"]:
     """Returns log p of every predicted token, float32 nats; 0 in padding."""
     tokens, positions, segments, read_at, targets, branch, _ = map(jnp.asarray, batch)
     hidden = model.hidden_states(tokens, positions, segments)
-    logits = model.logits(jnp.take_along_axis(hidden, read_at[..., None], axis=1))
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.where(branch >= 0, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    read = jnp.take_along_axis(hidden, read_at[..., None], axis=1)
+    return jnp.where(branch >= 0, _log_p(model, read, targets), 0.0)
 
 
 def branch_log_likelihoods(
@@ -106,17 +107,47 @@ def evaluate(
     batches = eval_batches(examples, max_tokens=max_tokens, max_length=model.config.max_positions)
     with tqdm(total=len(examples), desc="evaluate", unit="question", disable=not progress) as bar:
         for indices, batch in batches:
-            scores = np.asarray(_score(graph, state, jax.device_put(batch)), np.float64)
+            scores = _scores(graph, state, batch)
             for row, index in enumerate(indices):
-                sums[index] = np.array(
-                    [scores[row][batch.branch[row] == branch].sum() for branch in range(len(counts[index]))]
-                )
+                per_branch = np.bincount(batch.branch[row] + 1, scores[row], minlength=len(counts[index]) + 1)
+                sums[index] = per_branch[1:]  # the first is padding
             bar.update(len(indices))
     return Evaluation(
         log_likelihood=tuple(sums), num_tokens=tuple(counts), answer=tuple(example.answer for example in examples)
     )
 
 
+def _scores(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[np.ndarray, "B P"]:
+    """Returns log p of every target of a batch, 0 in padding."""
+    real = np.flatnonzero(batch.branch >= 0)
+    chunks = -(-len(real) // _CHUNK)
+    where = np.zeros(-(-batch.branch.size // _CHUNK) * _CHUNK, np.int32)
+    where[: len(real)] = real
+    scores = np.zeros(batch.branch.size)
+    scores[real] = np.asarray(_score_chunks(graph, state, batch, where, chunks))[: len(real)]
+    return scores.reshape(batch.branch.shape)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _score(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
-    return target_log_likelihoods(nnx.merge(graph, state), batch)
+def _score_chunks(graph: nnx.GraphDef, state: nnx.State, batch: Batch, where: Array, chunks: Array) -> Array:
+    """Returns log p of the targets at the flat indices `where`, of which the first chunks count.
+
+    More than half of the (B, P) targets are padding. Going through the real ones alone, a chunk at a time, saves the
+    work of their logits, and their memory, without a compilation for every number of them.
+    """
+    model = nnx.merge(graph, state)
+    tokens, positions, segments, read_at, targets, _, _ = batch
+    hidden = model.hidden_states(tokens, positions, segments)
+    read = jnp.take_along_axis(hidden, read_at[..., None], axis=1).reshape(-1, hidden.shape[-1])[where]
+    targets = targets.reshape(-1)[where]
+
+    def score(chunk: Array, scores: Array) -> Array:
+        part = [jax.lax.dynamic_slice_in_dim(array, chunk * _CHUNK, _CHUNK) for array in (read, targets)]
+        return jax.lax.dynamic_update_slice_in_dim(scores, _log_p(model, *part), chunk * _CHUNK, 0)
+
+    return jax.lax.fori_loop(0, chunks, score, jnp.zeros(where.shape))
+
+
+def _log_p(model: Decoder, hidden: Float[Array, "*rows D"], targets: Array) -> Float[Array, "*rows"]:
+    logits = model.logits(hidden)
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)

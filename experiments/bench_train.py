@@ -1,0 +1,157 @@
+"""Benchmark: seconds a training step, against PEFT on torch and against a bare hand-written JAX step, in turns.
+
+Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW + the shrink, batch 8, rows of 64 and 128 tokens of which the
+           last 8 are answers, float32 and bfloat16 base: how long is a step, what compiles, how much memory, and what
+           does the shrink cost?
+Command:   make bench           (or python -m experiments.bench_train --torch-python PATH; without it, no PEFT)
+Hardware:  2 CPU cores with nothing else running. Minutes: about 20.
+Expected:  no slower than the bare step (+- 5 %), which is what the matrix products allow. In float32 most of the lead
+           over torch on such CPUs is the matrix library's, not ours.
+
+Every contender runs in a process of its own; rounds alternate between them, so that a drifting machine hits all alike.
+The floor is 4 FLOPs per frozen weight and token (forward, and backward to the activations; no weight gradients) over
+the rate of a product of the model's own shapes, measured in each round.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+BATCH, ANSWER, VOCABULARY = 8, 8, 49152
+FROZEN_LAYER_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+CONTENDERS = ("ours", "bare", "peft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time training steps of all contenders in turns, and write a JSON file."""
+
+    out: Path = Path("experiments/results/bench_train.json")
+    """The file to write."""
+    torch_python: str | None = None
+    """A Python with the torch extra; PEFT is left out without it."""
+    lengths: tuple[int, ...] = (64, 128)
+    """Row lengths in tokens."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """Dtypes of the base model."""
+    rounds: int = 3
+    """Turns of each contender."""
+    steps: int = 6
+    """Timed steps a turn."""
+    worker: Literal["", "ours", "bare", "peft"] = ""
+    """Internal: time one contender in this process and print a line of JSON."""
+
+
+def main(config: BenchConfig) -> None:
+    if config.worker:
+        from experiments import bench_workers
+
+        print(json.dumps(bench_workers.run(config.worker, config.lengths[0], config.dtypes[0], config.steps)))
+        return
+    cells = []
+    for dtype in config.dtypes:
+        for length in config.lengths:
+            turns: dict[str, list[dict[str, Any]]] = {
+                name: [] for name in CONTENDERS if name != "peft" or config.torch_python
+            }
+            for number in range(config.rounds):
+                for name in turns:
+                    turns[name].append(turn(config, name, length, dtype))
+                    print(f"{dtype} {length} round {number + 1} {name}: {turns[name][-1]['seconds']}", flush=True)
+            cells.append({"dtype": dtype, "length": length} | {name: summary(each) for name, each in turns.items()})
+    result = {"command": "make bench", "machine": machine(), "cells": cells}
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def turn(config: BenchConfig, name: str, length: int, dtype: str) -> dict[str, Any]:
+    """Returns what one contender measured in a process of its own."""
+    python = config.torch_python if name == "peft" else sys.executable
+    options = ["--worker", name, "--lengths", str(length), "--dtypes", dtype, "--steps", str(config.steps)]
+    done = subprocess.run(
+        [str(python), "-m", "experiments.bench_train", *options], check=True, text=True, stdout=subprocess.PIPE
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns medians over all turns."""
+    seconds = [second for each in turns for second in each["seconds"]]
+    merged = {"median_seconds": round(statistics.median(seconds), 4), "min_seconds": round(min(seconds), 4)}
+    merged["steps"] = len(seconds)
+    for key in turns[0].keys() - {"seconds", "versions"}:
+        merged[key] = statistics.median(each[key] for each in turns)
+    return merged | {"versions": turns[0]["versions"]}
+
+
+def machine() -> dict[str, Any]:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
+    return {"cpu": cpu, "cores": os.cpu_count(), "architecture": platform.machine()}
+
+
+def versions(*names: str) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the README's table."""
+    rows = [
+        "| base | length | ours, s | bare JAX, s | PEFT on torch, s | PEFT / ours | floor, s | compile, s | memory, GB "
+        "| shrink |"
+    ]
+    rows.append("|" + "---|" * 10)
+    for cell in result["cells"]:
+        ours, bare, peft = cell["ours"], cell["bare"], cell.get("peft", {})
+        theirs = peft.get("median_seconds")
+        rows.append(
+            f"| {cell['dtype']} | {cell['length']} | {ours['median_seconds']:.2f} | {bare['median_seconds']:.2f} | "
+            + (f"{theirs:.2f} | {theirs / ours['median_seconds']:.2f} | " if theirs else "- | - | ")
+            + f"{ours['floor_seconds']:.2f} | {ours['compile_seconds']:.1f} | {ours['peak_gigabytes']:.2f} | "
+            + f"{ours['shrink_share']:.3%} |"
+        )
+    return "\n".join(rows)
+
+
+def random_rows(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens (batch, length) and the answers (batch, ANSWER) that the last positions predict."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, VOCABULARY, (BATCH, length)), rng.integers(0, VOCABULARY, (BATCH, ANSWER))
+
+
+def peak_gigabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def timed(step: Any, count: int) -> list[float]:
+    """Returns the seconds of `count` calls, after one that is not counted."""
+    step()
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        seconds.append(round(time.perf_counter() - start, 4))
+    return seconds
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig))

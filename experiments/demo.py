@@ -1,0 +1,146 @@
+"""Demo: does a real model learn with Stable-LoRA, and what does its A do meanwhile?
+
+Question:  SmolLM2-135M-Instruct, LoRA r = 8 on q and v, one epoch of ARC-Easy (281 steps of 8), Stable-LoRA against
+           AdamW from the same start and on the same batches: accuracy on the 570 validation questions before and
+           after, and the step at which each of the 60 matrices stops shrinking.
+Command:   make demo            (make demo QUICK=1: 40 steps, 120 questions)
+Hardware:  2 CPU cores, 4 GB. Minutes: about 8 (quick: 2) after the downloads.
+Expected:  accuracy 52 -> 65 % (summed) and 48 -> 67 % (per token) for AdamW, +- 2 % (a standard error of 570
+           questions). In so short a run Stable-LoRA is 1 to 2 points behind: A is erased before B has grown.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from stable_lora_jax.cli.evaluate import load_with_adapter
+from stable_lora_jax.cli.plots import PlotsConfig, plots_command
+from stable_lora_jax.cli.train import TrainConfig, train_command
+from stable_lora_jax.data import encode_all, load_task, load_tokenizer
+from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.training import read_metrics, stop_steps
+
+METHODS = ("adamw", "stable-lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Fine-tune SmolLM2-135M on ARC-Easy by AdamW and by Stable-LoRA, and write a one-page report."""
+
+    out: Path = Path("runs/demo")
+    """Where runs, figures and report go."""
+    quick: bool = False
+    """A look in two minutes: 40 steps and 120 validation questions."""
+
+
+def main(config: DemoConfig) -> None:
+    began = time.perf_counter()
+    questions = load_task("arc_easy", "validation")[:: 5 if config.quick else 1]
+    examples = encode_all(load_tokenizer(TrainConfig.model), questions)
+    base = load_with_adapter(TrainConfig.model, None, "bfloat16")
+    print(f"1/5  Before training, on {len(examples)} validation questions", flush=True)
+    results: dict[str, Any] = {"before": evaluate(base, examples, progress=True).summary()}
+    for number, method in enumerate(METHODS):
+        run = config.out / method
+        print(f"{2 + 2 * number}/5  Training with {method}", flush=True)
+        start = time.perf_counter()
+        train_command(
+            TrainConfig(
+                method=method,
+                lam=0.005,
+                steps=40 if config.quick else None,
+                dtype="bfloat16",
+                norms_every=2,
+                run_dir=run,
+                overwrite=True,
+            )
+        )
+        seconds = time.perf_counter() - start
+        print(f"{3 + 2 * number}/5  After training with {method}", flush=True)
+        model = load_with_adapter(TrainConfig.model, run, "bfloat16")
+        results[method] = evaluate(model, examples, progress=True).summary() | {"train_seconds": round(seconds, 1)}
+    results["stopped"] = stopped(config.out / "stable-lora")
+    results["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    results["machine"] = machine()
+    plots_command(PlotsConfig(runs=tuple(config.out / method for method in METHODS), out=config.out))
+    (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (config.out / "report.md").write_text(report(results))
+    print(f"\n{report(results)}\nWritten to {config.out}")
+
+
+def stopped(run: Path) -> dict[str, dict[str, int | None]]:
+    """Returns, per module, how many matrices there are and the steps at which their shrink stopped."""
+    lines = read_metrics(run / "metrics.jsonl")
+    norms = next(line["norms"] for line in lines if "norms" in line)
+    found = stop_steps(lines)
+    table = {}
+    for pair, values in norms.items():
+        steps = list(found.get(pair, {}).values())
+        first, middle, last = (min(steps), int(statistics.median(steps)), max(steps)) if steps else (None,) * 3
+        table[pair] = {
+            "matrices": len(values["norm_a"]),
+            "stable": len(steps),
+            "first": first,
+            "median": middle,
+            "last": last,
+        }
+    return table
+
+
+def machine() -> dict[str, str | int | None]:
+    """Returns what the numbers were made on."""
+    versions = {name: version(name) for name in ("jax", "flax", "optax", "stable-lora-jax")}
+    return {"python": platform.python_version(), "cores": os.cpu_count(), "architecture": platform.machine()} | versions
+
+
+def report(results: dict) -> str:
+    """Returns the one-page report, Markdown."""
+    rows = [
+        f"| {name} | {r['accuracy_sum']:.1%} | {r['accuracy_token']:.1%} | {r['nll_token']:.3f} | {seconds} |"
+        for name in ("before", *METHODS)
+        for r in [results[name]]
+        for seconds in [r.get("train_seconds", "")]
+    ]
+    stops = [
+        f"| {pair} | {r['stable']} of {r['matrices']} | {r['first']} | {r['median']} | {r['last']} |"
+        for pair, r in results["stopped"].items()
+    ]
+    where = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    return "\n".join(
+        [
+            "# SmolLM2-135M-Instruct on ARC-Easy",
+            "",
+            f"{results['before']['questions']} validation questions, cloze; one seed, so differences below about 2 "
+            "points are noise. LoRA r = 8 on q and v, s = 2, λ = 0.005, learning rate 5e-4, batch 8, bfloat16 base, "
+            "float32 adapters.",
+            "",
+            "| | accuracy, summed | accuracy, per token | nats a token of the right answer | training seconds |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "Steps at which Stable-LoRA stopped shrinking A (one matrix a layer):",
+            "",
+            "| pair | stable at the end | first | median | last |",
+            "|---|---|---|---|---|",
+            *stops,
+            "",
+            "![norms and gap with Stable-LoRA](stable-lora-norms.png)",
+            "![norms and gap with AdamW](adamw-norms.png)",
+            "![training loss](losses.png)",
+            "",
+            f"{results['minutes']} minutes in all. {where}.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(DemoConfig))
