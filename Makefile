@@ -10,8 +10,8 @@ demo: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.demo --out $(OUT) $(if $(QUICK),--quick)
 
 test: $(NEWEST)/installed $(OLDEST)/installed
-	$(NEWEST)/bin/python -m pytest
-	$(OLDEST)/bin/python -m pytest
+	$(NEWEST)/bin/python -m pytest --numprocesses 2
+	$(OLDEST)/bin/python -m pytest --numprocesses 2
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .

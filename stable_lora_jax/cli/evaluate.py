@@ -7,7 +7,7 @@ from typing import Literal
 
 from flax import nnx
 
-from stable_lora_jax.cli.train import DTYPES
+from stable_lora_jax.cli.train import DTYPES, known, known_data
 from stable_lora_jax.data import TASKS, Completion, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.lora import inject_lora, load_adapter, read_adapter_spec
@@ -37,6 +37,12 @@ class EvalConfig:
     output: Path | None = None
     """Write the figures to this JSON file too."""
 
+    def __post_init__(self):
+        known("dtype", self.dtype, tuple(DTYPES))
+        known_data(self.data)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} is below 1. Leave it out to score every question.")
+
 
 def eval_command(config: EvalConfig) -> Evaluation:
     """Runs `stable-lora eval` and returns the scores; see `EvalConfig`."""
@@ -44,8 +50,8 @@ def eval_command(config: EvalConfig) -> Evaluation:
     items = load_jsonl(config.data) if items is None else items
     if isinstance(items[0], Completion):
         raise ValueError(f"{config.data} holds completions; eval needs questions with choices and answer_index.")
-    if config.limit:
-        items = items[:: max(1, len(items) // config.limit)][: config.limit]
+    if config.limit is not None and config.limit < len(items):
+        items = [items[i * len(items) // config.limit] for i in range(config.limit)]
     examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
     scores = evaluate(load_with_adapter(config.model, config.adapter, config.dtype), examples, progress=True)
     print(json.dumps(scores.summary(), indent=2))

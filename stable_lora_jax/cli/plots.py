@@ -28,14 +28,20 @@ class PlotsConfig:
 
 def plots_command(config: PlotsConfig) -> list[Path]:
     """Runs `stable-lora export-plots` and returns the files written; see `PlotsConfig`."""
-    figures = {}
-    for run in config.runs:
-        name = "norms" if config.out is None else f"{run.name}-norms"
+    figures, labels = {}, _labels(config.runs)
+    for label, run in labels.items():
+        name = "norms" if config.out is None else f"{label.replace('/', '-')}-norms"
         figures[(config.out or run) / f"{name}.{config.file_format}"] = plot_norms(run)
-    losses = plot_losses({run.name: run for run in config.runs})
+    losses = plot_losses(labels)
     figures[(config.out or config.runs[0]) / f"losses.{config.file_format}"] = losses
     for path, figure in figures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         print(path)
     return list(figures)
+
+
+def _labels(runs: tuple[Path, ...]) -> dict[str, Path]:
+    """Returns label -> run: the directory's name, or its path where two have the same name."""
+    names = [run.name for run in runs]
+    return {run.name if names.count(run.name) == 1 else run.as_posix().strip("/"): run for run in runs}

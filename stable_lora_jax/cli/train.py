@@ -32,6 +32,7 @@ from stable_lora_jax.training import (
     make_optimizer,
     train,
 )
+from stable_lora_jax.training.sharding import AXES, check_rows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -106,12 +107,13 @@ class TrainConfig:
     """Delete what is in the run directory."""
 
     def __post_init__(self):
-        _known("method", self.method, METHODS)
-        _known("loss", self.loss, LOSSES)
-        _known("dtype", self.dtype, tuple(DTYPES))
-        if not self.data.endswith((".jsonl", ".jsonl.gz")):
-            _known("data", self.data, (*TASKS, "or a path that ends in .jsonl or .jsonl.gz"))
-        if self.batch_size % self.accumulate:
+        known("method", self.method, METHODS)
+        known("loss", self.loss, LOSSES)
+        known("dtype", self.dtype, tuple(DTYPES))
+        known_data(self.data)
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} is below 1. Leave it out to train for whole epochs.")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}. Choose accumulate "
                 "among the divisors of the batch size."
@@ -135,13 +137,14 @@ def train_command(config: TrainConfig) -> TrainResult:
     """
     examples = load_training_examples(config)
     batches = TrainBatches(examples, batch_size=config.batch_size, seed=config.seed, max_length=config.max_length)
-    total = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+    total = config.steps if config.steps is not None else max(1, round(config.epochs * batches.steps_per_epoch))
     rate = learning_rate_schedule(config.learning_rate, total, int(config.warmup * total), config.schedule)
     optimizer = make_optimizer(
         config.method, rate, lam=config.lam, weight_decay=config.weight_decay, clip_norm=config.clip_norm
     )
     mesh = make_mesh(**parse_mesh(config.mesh))
-    _prepare_directory(config)
+    check_rows(mesh, config.batch_size)
+    _check_directory(config)
     dtype = DTYPES[config.dtype]
     model = load_model(config.model, dtype=dtype, param_dtype=dtype, remat=config.remat)
     inject_lora(
@@ -150,6 +153,7 @@ def train_command(config: TrainConfig) -> TrainResult:
         use_rslora=config.use_rslora,
         dropout=config.dropout,
     )
+    _prepare_directory(config)  # nothing is deleted before all of the above has been accepted
     result = train(
         *(model, batches, optimizer),
         loss=make_loss(config.loss, max(len(example.branches) for example in examples)),
@@ -166,7 +170,8 @@ def train_command(config: TrainConfig) -> TrainResult:
         print(f"Stopped by {result.stopped_by.name} at step {result.steps} of {total}; --resume goes on from there.")
     else:
         save_adapter(config.directory / "adapter.safetensors", model, config.model)
-        print(f"Trained {result.steps} steps, last loss {result.loss:.4f}. Run and adapter: {config.directory}")
+        told = "" if result.loss is None else f", last loss {result.loss:.4f}"  # none if it was finished before
+        print(f"Trained {result.steps} steps{told}. Run and adapter: {config.directory}")
     return result
 
 
@@ -186,19 +191,22 @@ def parse_mesh(text: str) -> dict[str, int]:
     >>> parse_mesh("data=4,tensor=2")
     {'data': 4, 'tensor': 2}
     """
-    axes = {}
+    axes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name.strip() not in ("data", "fsdp", "tensor") or not size.strip().isdigit():
+        if name.strip() not in AXES or name.strip() in axes or not size.strip().isdigit():
             raise ValueError(f"mesh={text!r} is not understood at {part!r}. Write e.g. data=4,fsdp=2,tensor=1.")
         axes[name.strip()] = int(size)
     return axes
 
 
-def _prepare_directory(config: TrainConfig) -> None:
-    """Makes the run directory and config.json; refuses to overwrite, or to resume something else."""
-    directory, file = config.directory, config.directory / "config.json"
-    described = {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
+def _described(config: TrainConfig) -> dict[str, object]:
+    return {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
+
+
+def _check_directory(config: TrainConfig) -> None:
+    """Refuses to overwrite a run unasked, or to resume something else."""
+    directory, file, described = config.directory, config.directory / "config.json", _described(config)
     if config.resume:
         if not file.exists():
             raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
@@ -206,19 +214,33 @@ def _prepare_directory(config: TrainConfig) -> None:
         if differing := [name for name in described if before.get(name) != described[name]]:
             what = "; ".join(f"{name}: run {before.get(name)!r}, now {described[name]!r}" for name in differing)
             raise ValueError(f"The run in {directory} was started with other values ({what}). Resume with its own.")
+    elif not config.overwrite and directory.exists() and any(directory.iterdir()):
+        raise ValueError(
+            f"The run directory {directory} is not empty. Go on with --resume, replace it with --overwrite, or "
+            "choose another --run-dir."
+        )
+
+
+def _prepare_directory(config: TrainConfig) -> None:
+    """Makes a new run's directory and config.json."""
+    if config.resume:
         return
-    if directory.exists() and any(directory.iterdir()):
-        if not config.overwrite:
-            raise ValueError(
-                f"The run directory {directory} is not empty. Go on with --resume, replace it with --overwrite, or "
-                "choose another --run-dir."
-            )
+    directory = config.directory
+    if directory.exists():
         shutil.rmtree(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True)
     versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
-    file.write_text(json.dumps({"config": described, "versions": versions}, indent=2) + "\n")
+    text = json.dumps({"config": _described(config), "versions": versions}, indent=2)
+    (directory / "config.json").write_text(text + "\n")
 
 
-def _known(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{field}={value!r} is unknown. Known: {', '.join(known)}.")
+def known(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError, with the known values, unless this is one."""
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r} is unknown. Known: {', '.join(allowed)}.")
+
+
+def known_data(data: str) -> None:
+    """Raises ValueError, with the known tasks, unless this is one or may be a file."""
+    if not data.endswith((".jsonl", ".jsonl.gz")):
+        known("data", data, (*TASKS, "or a path that ends in .jsonl or .jsonl.gz"))

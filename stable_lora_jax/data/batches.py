@@ -17,7 +17,7 @@ T and P are padded up to `bucket` sizes, so the number of compiled shapes is bou
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -234,6 +234,7 @@ def _groups_by_width(examples: Sequence[Encoded], min_tokens: int) -> list[list[
     return groups
 
 
+@runtime_checkable
 class BatchesByStep(Protocol):
     """What `prefetch` needs: a batch for any step, as `TrainBatches` gives."""
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from stable_lora_jax.lora.injection import lora_modules
 
@@ -71,7 +71,7 @@ def save_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={_KEY: json.dumps(asdict(spec))})
+    partial.write_bytes(save(tensors, metadata={_KEY: json.dumps(asdict(spec))}))
     partial.replace(path)
 
 

@@ -1,8 +1,7 @@
 """The keys and values of past tokens, kept for generation."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -10,9 +9,7 @@ from jaxtyping import Array, Float, Int
 from stable_lora_jax.models.config import DecoderConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class KVCache:
+class KVCache(NamedTuple):
     """Keys and values of all layers; the slot of a token is its position."""
 
     keys: Float[Array, "layers batch slots kv_heads width"]

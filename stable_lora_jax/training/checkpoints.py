@@ -46,7 +46,7 @@ class Checkpoints:
             )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
         restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored))
+        return TrainState(**restored)
 
     def close(self) -> None:
         """Waits for saves under way and raises their errors."""

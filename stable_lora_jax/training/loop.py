@@ -22,7 +22,7 @@ from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training.checkpoints import checkpoints
 from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.metrics import MetricsFile
-from stable_lora_jax.training.sharding import batch_sharding, make_mesh, replicated
+from stable_lora_jax.training.sharding import batch_sharding, check_rows, make_mesh, replicated
 from stable_lora_jax.training.step import StepMetrics, TrainState, compile_step, init_state, place, split_model
 
 
@@ -79,7 +79,7 @@ def train(
 
     Raises:
       NonFiniteLossError: see above.
-      ValueError: nothing to resume from.
+      ValueError: nothing to resume from, checkpoints of another run in `run_dir`, or a mesh that does not divide.
     """
     mesh = mesh or make_mesh()
     graph, adapters, frozen = split_model(model)
@@ -89,14 +89,20 @@ def train(
     with checkpoints(run_dir / "checkpoints", keep) as saved, _stop_signal() as stop:
         if resume:
             state = saved.restore(state)
+        elif (last := saved.latest_step()) is not None:
+            raise ValueError(
+                f"{run_dir} holds checkpoints up to step {last} of an earlier run. Go on with resume=True, or give a "
+                "new directory."
+            )
         start = int(state.step)
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
         bar = tqdm(total=total_steps, initial=start, desc="train", unit="step", disable=not progress)
         with bar, closing(MetricsFile(run_dir / "metrics.jsonl", start)) as file:
-            record = _Record(file, bar, learning_rate, saved.latest_step)
+            record = _Record(file, bar, learning_rate, saved.latest_step, _flags(state.opt_state))
             if not start:
                 record.norms(state)
             for index, batch in prefetch(batches, start, total_steps):
+                check_rows(mesh, len(batch.answer))
                 state, metrics = step(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
                 record.step(index + 1, metrics, batch)
                 if (index + 1) % norms_every == 0 or index + 1 == total_steps:
@@ -108,7 +114,8 @@ def train(
                     break
             record.flush()
         saved.save(state)
-    nnx.update(model, state.adapters)
+    # Back to where they came from: the rest of the model never moved to the mesh.
+    nnx.update(model, jax.device_put(state.adapters, jax.tree.map(lambda x: x.sharding, adapters)))
     return TrainResult(int(state.step), stop[0] if stop else None, record.loss)
 
 
@@ -120,9 +127,9 @@ class _Record:
     bar: tqdm
     learning_rate: optax.Schedule
     latest_checkpoint: Callable[[], int | None]
+    _stable: dict[str, np.ndarray]
     loss: float | None = None
     _waiting: tuple[int, StepMetrics, int] | None = None
-    _stable: dict[str, np.ndarray] = field(default_factory=dict)
     _last: float = field(default_factory=time.perf_counter)
 
     def step(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
@@ -170,11 +177,16 @@ class _Record:
         """Writes which matrices became stable in this step; returns how many there are and how many are stable."""
         flags = {name: np.asarray(flag) for name, flag in metrics.stable.items()}
         for name, flag in flags.items():
-            before = self._stable.get(name)
-            for index in np.argwhere(flag if before is None else flag & ~before):
+            for index in np.argwhere(flag & ~self._stable[name]):
                 self.file.write(step=step, pair=name, index=index, stable=True)
         self._stable = flags
         return sum(flag.size for flag in flags.values()), int(sum(flag.sum() for flag in flags.values()))
+
+
+def _flags(opt_state: optax.OptState) -> dict[str, np.ndarray]:
+    """Returns the flags where training starts: what was stable before a resume is not news."""
+    found = find_states(opt_state, StableLoraState)
+    return {name: np.asarray(flag) for state in found for name, flag in state.stable.items()}
 
 
 @jax.jit

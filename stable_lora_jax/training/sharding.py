@@ -51,6 +51,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def check_rows(mesh: Mesh, rows: int) -> None:
+    """Raises ValueError unless a batch of so many rows can be split over the mesh."""
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    if rows % (data * fsdp):
+        raise ValueError(
+            f"A batch of {rows} rows does not split evenly over data={data} times fsdp={fsdp} devices. Choose a batch "
+            f"size that is a multiple of {data * fsdp}, or a smaller mesh."
+        )
+
+
 def frozen_shardings(mesh: Mesh, frozen: nnx.State) -> nnx.State:
     """Returns a sharding for every frozen parameter, by the table of rules.
 

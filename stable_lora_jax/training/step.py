@@ -112,7 +112,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
     adapters = optax.apply_updates(state.adapters, updates)
     stable = {name: flag for found in find_states(opt_state, StableLoraState) for name, flag in found.stable.items()}
-    metrics = StepMetrics(total / count, optax.global_norm(grads), stable)
+    metrics = StepMetrics(total / count, optax.tree.norm(grads), stable)
     return TrainState(state.step + 1, adapters, opt_state), metrics
 
 

@@ -77,7 +77,7 @@ def test_one_layer_is_the_formula():
     (module,) = lora_modules(model).values()
     a, b = np.float64(module.lora_a[...]), np.float64(module.lora_b[...])
     expected = x @ np.float64(w.kernel[...]) + np.float64(w.bias[...]) + 6.0 / 3 * (x @ a) @ b
-    np.testing.assert_allclose(model(x), expected, atol=1e-5)
+    np.testing.assert_allclose(model(jnp.asarray(x, jnp.float32)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

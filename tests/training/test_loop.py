@@ -1,0 +1,160 @@
+"""The loop: a resumed run is the uninterrupted one, bit by bit."""
+
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stable_lora_jax.data import TrainBatches, right_branch_only
+from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.training import (
+    NonFiniteLossError,
+    checkpoints,
+    init_state,
+    make_loss,
+    make_mesh,
+    make_optimizer,
+    read_metrics,
+    split_model,
+    stop_steps,
+    train,
+)
+from tests.training.tiny_runs import adapted, questions, trees_equal
+
+EXAMPLES = [right_branch_only(example) for example in questions(24)]
+
+
+def batches(batch_size=8):
+    return TrainBatches(EXAMPLES, batch_size=batch_size, seed=0, max_length=64)
+
+
+def optimizer_for(method):
+    return make_optimizer(method, 1e-2, lam=0.2, weight_decay=0.01, clip_norm=1.0)
+
+
+def run(directory, method="stable-lora", *, model=None, dropout=0.0, steps=6, **kwargs):
+    """Trains and returns the model and the result."""
+    model = model or adapted(dropout=dropout)
+    directory.mkdir(exist_ok=True)
+    defaults = {"save_every": 3, "norms_every": 1, "progress": False}
+    result = train(
+        *(model, batches(), optimizer_for(method)),
+        loss=make_loss("answer", 1),
+        total_steps=steps,
+        learning_rate=lambda step: 1e-2,
+        run_dir=directory,
+        **defaults | kwargs,
+    )
+    return model, result
+
+
+def saved_state(directory, method="stable-lora", dropout=0.0):
+    _, adapters, _ = split_model(adapted(dropout=dropout))
+    with checkpoints(directory / "checkpoints", 2) as saved:
+        return saved.restore(init_state(adapters, optimizer_for(method)))
+
+
+def lines_without_speed(directory):
+    lines = read_metrics(directory / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize(("method", "dropout"), [("adamw", 0.0), ("stable-lora", 0.0), ("stable-lora", 0.3)])
+def test_resumed_equals_uninterrupted(tmp_path, method, dropout):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    model, result = run(whole, method, dropout=dropout)
+    assert (result.steps, result.stopped_by) == (6, None)
+    assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [3, 6]
+    # As if killed in step 6: the newest checkpoint is that of step 3, and the last line of the metrics is cut.
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints" / "6")
+    metrics = killed / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-7])
+    resumed, again = run(killed, method, dropout=dropout, resume=True)
+    assert again == result
+    assert trees_equal(saved_state(killed, method, dropout), saved_state(whole, method, dropout))
+    assert trees_equal(split_model(resumed)[1], split_model(model)[1])
+    assert lines_without_speed(killed) == lines_without_speed(whole)
+    losses = [line["step"] for line in lines_without_speed(killed) if "loss" in line]
+    assert losses == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_model_holds_what_the_checkpoint_holds(tmp_path):
+    model, _ = run(tmp_path)
+    adapters = split_model(model)[1]
+    assert trees_equal(adapters, saved_state(tmp_path).adapters)
+    before = split_model(adapted())[1]
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x != y).any()), adapters, before))
+    assert int(saved_state(tmp_path).step) == 6
+
+
+def test_stops_are_recorded_at_their_step(tmp_path):
+    run(tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    gaps = {line["step"]: line["norms"] for line in lines if "norms" in line}
+    assert sorted(gaps) == list(range(7))
+    expected = {}
+    for pair in gaps[0]:
+        for layer in range(3):
+            # A step looks at the norms from before it.
+            below = [step + 1 for step in range(6) if gaps[step][pair]["gap"][layer] < 1]
+            if below:
+                expected.setdefault(pair, {})[(layer,)] = below[0]
+    assert stop_steps(lines) == expected
+    found = {step for stops in expected.values() for step in stops.values()}
+    assert len(found) > 1  # at different steps
+    for line in lines:
+        if "loss" in line:
+            stable = sum(step <= line["step"] for stops in expected.values() for step in stops.values())
+            assert (line["stable"], line["pairs"]) == (stable, 6)
+
+
+def test_resuming_a_finished_run_does_nothing(tmp_path):
+    model, _ = run(tmp_path)
+    before = lines_without_speed(tmp_path)
+    again, result = run(tmp_path, resume=True)
+    assert (result.steps, result.stopped_by, result.loss) == (6, None, None)
+    assert trees_equal(split_model(again)[1], split_model(model)[1])
+    assert lines_without_speed(tmp_path) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_path):
+    run(tmp_path, steps=3)
+    kept = saved_state(tmp_path)
+    broken: Any = adapted()
+    broken.norm.scale[...] = jnp.full_like(broken.norm.scale[...], jnp.nan)
+    before = split_model(broken)[1]
+    with pytest.raises(NonFiniteLossError, match=r"Step 4 has loss nan .*The checkpoint of step 3 is kept"):
+        run(tmp_path, model=broken, resume=True)
+    assert trees_equal(saved_state(tmp_path), kept)
+    assert trees_equal(split_model(broken)[1], before)
+    with pytest.raises(NonFiniteLossError, match=r"Step 1 has loss nan .*No checkpoint was saved yet"):
+        run(tmp_path / "new", model=broken)
+
+
+def test_a_model_trained_on_a_mesh_is_as_usable_as_before(tmp_path):
+    single, _ = run(tmp_path / "single", steps=3)
+    model, _ = run(tmp_path / "mesh", steps=3, mesh=make_mesh(2, 2, 2), accumulate=2)
+    scores, expected = evaluate(model, EXAMPLES[:4]), evaluate(single, EXAMPLES[:4])
+    np.testing.assert_allclose(scores.nll_token, expected.nll_token, rtol=1e-4)  # Adam amplifies rounding
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    _, result = run(whole)
+    run(moved, steps=3)
+    _, again = run(moved, resume=True, mesh=make_mesh(4, 2))
+    assert again.loss == pytest.approx(result.loss, rel=1e-4)
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        run(tmp_path, resume=True)
+    run(tmp_path, steps=1)
+    with pytest.raises(ValueError, match=r"holds checkpoints up to step 1.*resume"):
+        run(tmp_path, steps=2)
+    with pytest.raises(ValueError, match=r"batch of 8 rows.*data=3"):
+        run(tmp_path / "mesh", steps=1, mesh=make_mesh(3))
