@@ -8,7 +8,7 @@ from typing import Literal
 from flax import nnx
 
 from stable_lora_jax.cli.train import DTYPES, known, known_data
-from stable_lora_jax.data import TASKS, Completion, encode_all, load_jsonl, load_task, load_tokenizer
+from stable_lora_jax.data import TASKS, Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.lora import inject_lora, load_adapter, read_adapter_spec
 from stable_lora_jax.models import Decoder, load_model
@@ -48,11 +48,12 @@ def eval_command(config: EvalConfig) -> Evaluation:
     """Runs `stable-lora eval` and returns the scores; see `EvalConfig`."""
     items = load_task(config.data, config.split, source=config.source) if config.data in TASKS else None
     items = load_jsonl(config.data) if items is None else items
-    if isinstance(items[0], Completion):
+    questions = [item for item in items if isinstance(item, Question)]
+    if not questions:
         raise ValueError(f"{config.data} holds completions; eval needs questions with choices and answer_index.")
-    if config.limit is not None and config.limit < len(items):
-        items = [items[i * len(items) // config.limit] for i in range(config.limit)]
-    examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
+    count = min(config.limit or len(questions), len(questions))
+    questions = [questions[i * len(questions) // count] for i in range(count)]
+    examples = encode_all(load_tokenizer(config.model), questions, config.prompt_format)
     scores = evaluate(load_with_adapter(config.model, config.adapter, config.dtype), examples, progress=True)
     print(json.dumps(scores.summary(), indent=2))
     if config.output:
