@@ -48,7 +48,7 @@ class BenchConfig:
     """Dtypes of the base model."""
     rounds: int = 3
     """Turns of each contender."""
-    steps: int = 6
+    steps: int = 5
     """Timed steps a turn."""
     worker: Literal["", "ours", "bare", "peft"] = ""
     """Internal: time one contender in this process and print a line of JSON."""

@@ -15,7 +15,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from stable_lora_jax.cli.generate import GenerateConfig, generate_command
     from stable_lora_jax.cli.plots import PlotsConfig, plots_command
     from stable_lora_jax.cli.train import TrainConfig, train_command
-    from stable_lora_jax.training import NonFiniteLossError
 
     commands = {
         TrainConfig: ("train", train_command),
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
         )
         result = commands[type(config)][1](config)
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"stable-lora: {error}", file=sys.stderr)
         return 2
     stopped_by = getattr(result, "stopped_by", None)

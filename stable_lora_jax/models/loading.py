@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from stable_lora_jax.models.checkpoint import Checkpoint
 from stable_lora_jax.models.decoder import Decoder
@@ -141,5 +141,5 @@ def _read_param(checkpoint: Checkpoint, path: str, names: list[str], param: nnx.
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_layer(stacked: jax.Array, value: np.ndarray, layer: int) -> jax.Array:
-    return stacked.at[layer].set(value.astype(stacked.dtype))
+def _write_layer(stacked: jax.Array, value: ArrayLike, layer: ArrayLike) -> jax.Array:
+    return stacked.at[layer].set(jnp.asarray(value, stacked.dtype))

@@ -42,7 +42,8 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise ValueError(
-                f"There is no checkpoint to resume from in {self._manager.directory}. Start without --resume."
+                f"There is no checkpoint to resume from in {self._manager.directory}. Start again, replacing the "
+                "run (--overwrite)."
             )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
         restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
