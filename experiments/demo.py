@@ -110,7 +110,7 @@ def report(results: dict) -> str:
         for seconds in [r.get("train_seconds", "")]
     ]
     stops = [
-        f"| {pair} | {r['stable']} of {r['matrices']} | {r['first']} | {r['median']} | {r['last']} |"
+        f"| {pair} | {r['stable']} of {r['matrices']} | {r['first'] or '-'} | {r['median'] or '-'} | {r['last'] or '-'} |"
         for pair, r in results["stopped"].items()
     ]
     where = ", ".join(f"{key} {value}" for key, value in results["machine"].items())

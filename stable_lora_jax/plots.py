@@ -55,6 +55,8 @@ def plot_losses(runs: Mapping[str, Path]) -> Figure:
     ax = figure.subplots()
     for number, (label, run) in enumerate(runs.items()):
         lines = [line for line in _lines(run) if "loss" in line]
+        if not lines:
+            raise ValueError(f"{run}/metrics.jsonl holds no loss yet. Wait for the first step.")
         steps, losses = [line["step"] for line in lines], np.array([line["loss"] for line in lines], float)
         width = min(20, len(losses))
         ax.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
