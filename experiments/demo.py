@@ -109,8 +109,9 @@ def report(results: dict) -> str:
         for r in [results[name]]
         for seconds in [r.get("train_seconds", "")]
     ]
+    when = ("first", "median", "last")
     stops = [
-        f"| {pair} | {r['stable']} of {r['matrices']} | {r['first'] or '-'} | {r['median'] or '-'} | {r['last'] or '-'} |"
+        f"| {pair} | {r['stable']} of {r['matrices']} | " + " | ".join(str(r[k] or "-") for k in when) + " |"
         for pair, r in results["stopped"].items()
     ]
     where = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
