@@ -9,7 +9,9 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("stable_lora_jax", "tests.typechecking.checked")
+from tests import typechecking
+
+install_import_hook("stable_lora_jax", f"{typechecking.__name__}.checked")
 
 
 @pytest.fixture
