@@ -31,10 +31,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def file():
     from stable_lora_jax.data.assets import smollm2_gguf
 
-    try:
-        return smollm2_gguf()
-    except RuntimeError as error:
-        pytest.skip(f"the model cannot be downloaded here: {error}")
+    return smollm2_gguf()
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_one_compilation_per_shape_and_the_state_is_donated():
         batch = jax.device_put(make_batch(examples_for("answer"), **kwargs), batch_sharding(run.mesh))
         state, _ = run.step(state, run.frozen, batch)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.adapters))
-    assert run.step._cache_size() == 2  # pyright: ignore[reportFunctionMemberAccess]
+    assert run.step._cache_size() == 2
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(run.frozen.params))
 
 
