@@ -92,7 +92,7 @@ def train_step(
     """
 
     def loss_sum(adapters: nnx.State, part: Batch, random: nnx.State) -> tuple[Array, Array]:
-        return loss(nnx.merge(graph, adapters, random, frozen.params), part)
+        return loss(join_model(graph, adapters, Frozen(frozen.params, random)), part)
 
     def add_part(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
         index, part = numbered
@@ -100,12 +100,12 @@ def train_step(
         (total, count), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.adapters, part, random)
         return jax.tree.map(jnp.add, sums, (total, count, grads)), None
 
-    # Every accumulate-th row, so that each part is spread over the devices as the batch is.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapters))
     if accumulate == 1:
         sums, _ = add_part(zeros, (jnp.zeros((), jnp.int32), batch))
     else:
+        # Every accumulate-th row, so that each part is spread over the devices as the batch is.
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
         sums, _ = jax.lax.scan(add_part, zeros, (jnp.arange(accumulate), parts))
     total, count, grads = sums
     grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
