@@ -4,7 +4,7 @@ NEWEST := .venv
 OLDEST := .venv-torch
 OUT := runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-optimizers clean
 
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.demo --out $(OUT) $(if $(QUICK),--quick)
@@ -20,6 +20,9 @@ lint: $(NEWEST)/installed
 
 bench: $(NEWEST)/installed $(OLDEST)/installed
 	$(NEWEST)/bin/python -m experiments.bench_train --torch-python $(OLDEST)/bin/python
+
+bench-optimizers: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m experiments.bench_optimizers
 
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(NEWEST)

@@ -7,12 +7,37 @@ This import is light: JAX and Optax only. Models, adapters, data and training ar
 """
 
 from stable_lora_jax.optim import (
+    LoraRiteReport,
+    LoraRiteState,
     PairStability,
+    RiemannianState,
     StableLoraState,
     lora_labels,
+    lora_plus,
+    lora_rite,
+    lora_rite_report,
+    riemannian_adamw,
+    scale_by_lora_rite,
+    scale_by_riemannian,
     stability,
     stable_lora,
     stable_lora_shrink,
 )
 
-__all__ = ["PairStability", "StableLoraState", "lora_labels", "stability", "stable_lora", "stable_lora_shrink"]
+__all__ = [
+    "LoraRiteReport",
+    "LoraRiteState",
+    "PairStability",
+    "RiemannianState",
+    "StableLoraState",
+    "lora_labels",
+    "lora_plus",
+    "lora_rite",
+    "lora_rite_report",
+    "riemannian_adamw",
+    "scale_by_lora_rite",
+    "scale_by_riemannian",
+    "stability",
+    "stable_lora",
+    "stable_lora_shrink",
+]

@@ -39,7 +39,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Fine-tune a model with LoRA, by AdamW or Stable-LoRA."""
+    """Fine-tune a model with LoRA, by Stable-LoRA or one of the methods it is compared with."""
 
     model: str = "smollm2-135m"
     """An alias, a Hugging Face directory or hub name, or a .gguf file."""
@@ -50,9 +50,11 @@ class TrainConfig:
     drop_overlap: bool = False
     """Leave out train questions that reappear in validation or test."""
     method: str = "stable-lora"
-    """adamw or stable-lora."""
+    """adamw, stable-lora, lora-plus, riemannian or lora-rite."""
     lam: float = 0.001
     """λ of stable-lora: the fraction of A removed each step until the pair is stable."""
+    ratio: float = 4.0
+    """Learning rate of B over that of A in lora-plus."""
     learning_rate: float = 5e-4
     """Peak learning rate."""
     rank: int = 8
@@ -140,7 +142,11 @@ def train_command(config: TrainConfig) -> TrainResult:
     total = config.steps if config.steps is not None else max(1, round(config.epochs * batches.steps_per_epoch))
     rate = learning_rate_schedule(config.learning_rate, total, int(config.warmup * total), config.schedule)
     optimizer = make_optimizer(
-        config.method, rate, lam=config.lam, weight_decay=config.weight_decay, clip_norm=config.clip_norm
+        *(config.method, rate),
+        lam=config.lam,
+        ratio=config.ratio,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
     )
     mesh = make_mesh(**parse_mesh(config.mesh))
     check_rows(mesh, config.batch_size)

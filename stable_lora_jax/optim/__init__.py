@@ -1,6 +1,15 @@
 """Optax transformations that know LoRA pairs. Everything here works on pytrees alone."""
 
+from stable_lora_jax.optim.lora_plus import lora_plus
+from stable_lora_jax.optim.lora_rite import (
+    LoraRiteReport,
+    LoraRiteState,
+    lora_rite,
+    lora_rite_report,
+    scale_by_lora_rite,
+)
 from stable_lora_jax.optim.pairs import lora_labels
+from stable_lora_jax.optim.riemannian import RiemannianState, riemannian_adamw, scale_by_riemannian
 from stable_lora_jax.optim.stable_lora import (
     PairStability,
     StableLoraState,
@@ -9,4 +18,20 @@ from stable_lora_jax.optim.stable_lora import (
     stable_lora_shrink,
 )
 
-__all__ = ["PairStability", "StableLoraState", "lora_labels", "stability", "stable_lora", "stable_lora_shrink"]
+__all__ = [
+    "LoraRiteReport",
+    "LoraRiteState",
+    "PairStability",
+    "RiemannianState",
+    "StableLoraState",
+    "lora_labels",
+    "lora_plus",
+    "lora_rite",
+    "lora_rite_report",
+    "riemannian_adamw",
+    "scale_by_lora_rite",
+    "scale_by_riemannian",
+    "stability",
+    "stable_lora",
+    "stable_lora_shrink",
+]

@@ -9,10 +9,11 @@ Names. A leaf is an A or a B by the component of its path that reads ``lora_a``/
 ``layers/q_proj/lora_b`` are ``layers/q_proj/lora``. `flax.nnx.Optimizer` shows ``init`` variables, whose paths end in
 ``.value``, and ``update`` bare arrays: that ending is not part of a name.
 
-Layouts. The algorithms here need Frobenius norms, the ratio n/m, which is numel(A)/numel(B) whatever the orientation,
-and the stack axes. So (n, r)/(r, m), PEFT's (r, n)/(m, r) and einsum adapters such as (D, r)/(r, N, H) are all read
-from the shapes alone. Stack axes are inferred where exactly one reading of the shapes shares a rank; otherwise the
-caller must say them, because a wrong guess would silently merge or split matrices.
+Layouts. Stable-LoRA needs Frobenius norms, the ratio n/m, which is numel(A)/numel(B) whatever the orientation, and the
+stack axes; Riemannian preconditioning and LoRA-RITE need the rank axes too. So (n, r)/(r, m), PEFT's (r, n)/(m, r) and
+einsum adapters such as (D, r)/(r, N, H) are all read from the shapes alone. Stack axes are inferred where exactly one
+reading of the shapes shares a rank; otherwise the caller must say them, because a wrong guess would silently merge or
+split matrices. Where both orientations share an axis, as with n = m, the rank is the smaller one.
 """
 
 import itertools
@@ -41,6 +42,7 @@ class Pair(NamedTuple):
     b: int
     stack_axes: tuple[int, ...]  # axes, the same in A and B, that count matrices
     fan_ratio: float  # n / m
+    rank_axes: tuple[int, int] | None  # the axis of A and the axis of B that is the rank; None: cannot be known
 
 
 def is_none(node: object) -> bool:
@@ -93,8 +95,10 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
     for name, a, b in _match(paths, found):
         for index in (a, b):
             _check_floating(paths[index], leaves[index])
-        axes = _stack_axes(name, jnp.shape(leaves[a]), jnp.shape(leaves[b]), stack_axes)
-        pairs.append(Pair(name, a, b, axes, math.prod(jnp.shape(leaves[a])) / math.prod(jnp.shape(leaves[b]))))
+        shapes = jnp.shape(leaves[a]), jnp.shape(leaves[b])
+        axes = _stack_axes(name, *shapes, stack_axes)
+        fan_ratio = math.prod(shapes[0]) / math.prod(shapes[1])
+        pairs.append(Pair(name, a, b, axes, fan_ratio, _rank_axes(*shapes, axes)))
     return tuple(pairs)
 
 
@@ -236,6 +240,15 @@ def _stack_axes(name: str, a: tuple[int, ...], b: tuple[int, ...], stack_axes: S
             f"{' or '.join(map(str, readings))}."
         )
     return chosen
+
+
+def _rank_axes(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) -> tuple[int, int] | None:
+    """Returns the axes of A and B that are the rank: last and first, or in torch's orientation first and last."""
+    rest_a, rest_b = matrix_axes(len(a), stack_axes), matrix_axes(len(b), stack_axes)
+    readings = [(i, j) for i, j in ((rest_a[-1], rest_b[0]), (rest_a[0], rest_b[-1])) if a[i] == b[j]]
+    smallest = min(a[i] for i, _ in readings)
+    lowest = [axes for axes in readings if a[axes[0]] == smallest]
+    return lowest[0] if len(lowest) == 1 else None
 
 
 def _shares_rank(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) -> bool:

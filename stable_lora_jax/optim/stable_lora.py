@@ -33,9 +33,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax import core
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from stable_lora_jax.optim.hyperparameters import check_range
 from stable_lora_jax.optim.pairs import (
     Labels,
     Pair,
@@ -50,6 +50,11 @@ from stable_lora_jax.optim.pairs import (
 )
 
 Lambda: TypeAlias = float | Array | Callable[[Array], Array | float]
+
+_LAM = (
+    "lam is the fraction of A removed each step while the pair is unstable; the paper uses 0.0005 to 0.005, and 0 "
+    "switches the shrink off."
+)
 
 # bfloat16 holds 8 significant bits: scaling by 1 - 2**-5 moves every entry by 4 to 8 units in its last place, so that
 # rounding it costs little, and the stored A is never more than about 3 % behind.
@@ -107,7 +112,7 @@ def stable_lora_shrink(
     References:
       arXiv 2603.05204, algorithm 1.
     """
-    _check_lam(lam)
+    check_range("lam", lam, 0, 1, _LAM)
 
     def init(params: PyTree) -> StableLoraState:
         return _init(params, find_pairs(params, labels, stack_axes))
@@ -157,7 +162,7 @@ def stable_lora(
     References:
       arXiv 2603.05204, algorithm 1.
     """
-    _check_lam(lam)
+    check_range("lam", lam, 0, 1, _LAM)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> tuple[StableLoraState, optax.OptState]:
@@ -287,13 +292,3 @@ def _spread(factor: Array, a: Array, pair: Pair) -> Array:
 
 def _is_narrow(a: Array) -> bool:
     return jnp.finfo(a.dtype).bits < 32
-
-
-def _check_lam(lam: Lambda) -> None:
-    if callable(lam) or isinstance(lam, core.Tracer):  # known at run time only
-        return
-    if not 0 <= float(lam) < 1:
-        raise ValueError(
-            f"lam={lam} is not in [0, 1). lam is the fraction of A removed each step while the pair is unstable; the "
-            "paper uses 0.0005 to 0.005, and 0 switches the shrink off."
-        )

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from stable_lora_jax.data import Batch, TrainBatches, prefetch
-from stable_lora_jax.optim import StableLoraState, stability, stable_lora_shrink
+from stable_lora_jax.optim import LoraRiteState, StableLoraState, lora_rite_report, stability, stable_lora_shrink
 from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training.checkpoints import checkpoints
 from stable_lora_jax.training.loss import Loss
@@ -172,6 +172,8 @@ class _Record:
         report = jax.device_get(_norms(state))
         norms = {name: {"norm_a": pair.norm_a, "norm_b": pair.norm_b, "gap": pair.gap} for name, pair in report.items()}
         self.file.write(step=int(state.step), norms=norms)
+        if find_states(state.opt_state, LoraRiteState):
+            self.file.write(step=int(state.step), lora_rite=jax.device_get(lora_rite_report(state.opt_state))._asdict())
 
     def _flags(self, step: int, metrics: StepMetrics) -> tuple[int, int]:
         """Writes which matrices became stable in this step; returns how many there are and how many are stable."""

@@ -2,9 +2,9 @@
 
 import optax
 
-from stable_lora_jax.optim import stable_lora_shrink
+from stable_lora_jax.optim import lora_plus, lora_rite, riemannian_adamw, stable_lora_shrink
 
-METHODS = ("adamw", "stable-lora")
+METHODS = ("adamw", "stable-lora", "lora-plus", "riemannian", "lora-rite")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -39,23 +39,36 @@ def learning_rate_schedule(peak: float, total_steps: int, warmup_steps: int, kin
 
 
 def make_optimizer(
-    method: str, learning_rate: optax.ScalarOrSchedule, *, lam: float, weight_decay: float, clip_norm: float
+    method: str, learning_rate: optax.ScalarOrSchedule, *, lam: float, ratio: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns a method's whole update rule: clip the global gradient norm, AdamW, and what the method adds.
+    """Returns a method's whole update rule: clip the global gradient norm, then the method's step.
+
+    LoRA-RITE clips the global norm in its own coordinates, to `clip_norm` too: that of the gradients depends on how the
+    product is split into A and B.
 
     Args:
       method: one of `METHODS`.
       learning_rate: a number or a schedule.
       lam: λ of stable-lora, in [0, 1); the other methods do not use it.
-      weight_decay: decoupled weight decay of AdamW, >= 0.
+      ratio: learning rate of B over that of A in lora-plus, >= 1; the other methods do not use it.
+      weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global norm of the gradients, > 0.
 
     Raises:
-      ValueError: an unknown method (the known ones are listed); λ out of range.
+      ValueError: an unknown method (the known ones are listed); λ or ratio out of range.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Known methods: {', '.join(METHODS)}.")
-    links = [optax.clip_by_global_norm(clip_norm), optax.adamw(learning_rate, weight_decay=weight_decay)]
-    if method == "stable-lora":
-        links.append(stable_lora_shrink(lam))
-    return optax.chain(*links)
+    clip = optax.clip_by_global_norm(clip_norm)
+    match method:
+        case "adamw":
+            return optax.chain(clip, optax.adamw(learning_rate, weight_decay=weight_decay))
+        case "stable-lora":
+            adamw = optax.adamw(learning_rate, weight_decay=weight_decay)
+            return optax.chain(clip, adamw, stable_lora_shrink(lam))
+        case "lora-plus":
+            return optax.chain(clip, lora_plus(learning_rate, ratio, weight_decay=weight_decay))
+        case "riemannian":
+            return optax.chain(clip, riemannian_adamw(learning_rate, weight_decay=weight_decay))
+        case _:
+            return lora_rite(learning_rate, clip=clip_norm, weight_decay=weight_decay)

@@ -2,7 +2,8 @@
 
 Lines: ``{"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "stable", "pairs"}`` every step;
 ``{"step", "pair", "index", "stable": true}`` when a matrix becomes stable; ``{"step", "norms": {pair: {norm_a, norm_b,
-gap}}}`` every few steps, each a list over the matrices of a stack. What is not finite (the gap while B = 0) is null.
+gap}}}`` every few steps, each a list over the matrices of a stack, and with LoRA-RITE ``{"step", "lora_rite":
+{clip_factor, skipped_a, skipped_b}}``. What is not finite (the gap while B = 0) is null.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Condenses the authors' traces to what the tests need: ``python tests/golden/condense.py TRACES NAME [NAME …]``.
 
 TRACES is a folder of full traces (manifest.json and .npz files recorded from the reference implementations). Kept:
-  * the problem (W0, X, Y) and the start (A0, B0), so that float64 runs recompute their gradients;
+  * the start (A0, B0) and, so that float64 runs recompute their gradients, the problem (W0, X, Y);
   * the gradients of every step of float32 runs;
   * the flags of every step;
   * of A and B, for every step, `PROBES` inner products with random signs, and the whole matrices after the last step.
@@ -18,7 +18,7 @@ import numpy as np
 PROBES = 8
 HERE = Path(__file__).parent
 FIELDS = ("name", "method", "steps", "pairs", "dtypes", "s", "problem", "hyperparameters", "lr_schedule")
-PER_STEP = ("keep", "skipA", "skipB", "clip_norm")
+PER_STEP = ("keep", "skipped", "g_norm")
 
 
 def signs(shape: tuple[int, ...]) -> np.ndarray:
@@ -35,7 +35,8 @@ def condense(trace: dict[str, np.ndarray], case: dict) -> dict[str, np.ndarray]:
     """Returns the arrays to keep of one trace."""
     kept = {}
     for pair in range(len(case["pairs"])):
-        kept |= {f"{array}.{pair}": trace[f"{array}.{pair}"] for array in ("W0", "X", "Y", "A0", "B0")}
+        problem = ("W0", "X", "Y") if "f64" in case["dtypes"] else ()
+        kept |= {f"{array}.{pair}": trace[f"{array}.{pair}"] for array in ("A0", "B0", *problem)}
         for dtype in case["dtypes"]:
             for side in "AB":
                 steps = trace[f"{dtype}.{side}.{pair}"]

@@ -32,7 +32,7 @@ def batches(batch_size=8):
 
 
 def optimizer_for(method):
-    return make_optimizer(method, 1e-2, lam=0.2, weight_decay=0.01, clip_norm=1.0)
+    return make_optimizer(method, 1e-2, lam=0.2, ratio=4.0, weight_decay=0.01, clip_norm=1.0)
 
 
 def run(directory, method="stable-lora", *, model=None, dropout=0.0, steps=6, **kwargs):

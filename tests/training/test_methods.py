@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from stable_lora_jax.optim import StableLoraState
+from stable_lora_jax.optim import LoraRiteState, RiemannianState, StableLoraState
 from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
 
@@ -25,7 +25,7 @@ def test_schedules(kind, middle, end):
 
 
 def test_clip_acts():
-    optimizer = make_optimizer("adamw", 0.1, lam=0.0, weight_decay=0.0, clip_norm=1.0)
+    optimizer = make_optimizer("adamw", 0.1, lam=0.0, ratio=4.0, weight_decay=0.0, clip_norm=1.0)
     state = optimizer.init(PARAMS)
     _, state = optimizer.update({"lora_a": jnp.full((8, 2), 30.0), "lora_b": jnp.full((2, 4), 40.0)}, state, PARAMS)
     (adam,) = find_states(state, optax.ScaleByAdamState)
@@ -33,19 +33,34 @@ def test_clip_acts():
     np.testing.assert_allclose(optax.tree.norm(adam.mu), 0.1, rtol=1e-6)
 
 
+def first_step(method, clip_norm=1.0):
+    """A step from `PARAMS`, with gradients 0.1 and -0.2."""
+    optimizer = make_optimizer(method, 0.01, lam=0.25, ratio=4.0, weight_decay=0.0, clip_norm=clip_norm)
+    grads = {"lora_a": jnp.full((8, 2), 0.1), "lora_b": jnp.full((2, 4), -0.2)}
+    return optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+
+
 def test_flags_belong_to_stable_lora_alone():
-    states = {m: make_optimizer(m, 0.1, lam=0.1, weight_decay=0.0, clip_norm=1.0).init(PARAMS) for m in METHODS}
-    assert not find_states(states["adamw"], StableLoraState)
-    (flags,) = find_states(states["stable-lora"], StableLoraState)
-    assert len(flags.stable) == 1
+    for method in METHODS:
+        _, state = first_step(method)
+        assert len(find_states(state, StableLoraState)) == (method == "stable-lora")
+
+
+def test_each_method_is_the_one_it_names():
+    steps = {method: first_step(method)[0] for method in METHODS}
+    adamw = steps["adamw"]
+    np.testing.assert_allclose(adamw["lora_a"], -0.01, rtol=1e-5)
+    np.testing.assert_allclose(steps["lora-plus"]["lora_a"], adamw["lora_a"])
+    np.testing.assert_allclose(steps["lora-plus"]["lora_b"], 4 * adamw["lora_b"])
+    (riemannian,) = find_states(first_step("riemannian")[1], RiemannianState)
+    # With B = 0 the gradient of A is divided by 0.01; the first moment is a tenth of that.
+    np.testing.assert_allclose(riemannian.first["lora_a"], 0.1 * 0.1 / 0.01, rtol=1e-4)
+    (rite,) = find_states(first_step("lora-rite", clip_norm=0.01)[1], LoraRiteState)
+    assert rite.clip_factor < 0.1
 
 
 def test_stable_lora_is_adamw_and_the_shrink():
-    grads = {"lora_a": jnp.full((8, 2), 0.1), "lora_b": jnp.full((2, 4), -0.2)}
-    steps = {}
-    for method in METHODS:
-        optimizer = make_optimizer(method, 0.01, lam=0.25, weight_decay=0.0, clip_norm=1.0)
-        steps[method], _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    steps = {method: first_step(method)[0] for method in ("adamw", "stable-lora")}
     np.testing.assert_array_equal(steps["stable-lora"]["lora_b"], steps["adamw"]["lora_b"])
     # A = 1 loses a quarter.
     np.testing.assert_allclose(steps["stable-lora"]["lora_a"], steps["adamw"]["lora_a"] - 0.25, atol=1e-7)
@@ -58,6 +73,6 @@ def test_errors():
         with pytest.raises(ValueError, match=rf"warmup_steps={warmup} is not in \[0, total_steps=30\)"):
             learning_rate_schedule(0.5, 30, warmup, "cosine")
     with pytest.raises(ValueError, match=f"method='x' is unknown.*{', '.join(METHODS)}"):
-        make_optimizer("x", 0.1, lam=0.0, weight_decay=0.0, clip_norm=1.0)
+        make_optimizer("x", 0.1, lam=0.0, ratio=4.0, weight_decay=0.0, clip_norm=1.0)
     with pytest.raises(ValueError, match=r"lam=1.5 is not in \[0, 1\)"):
-        make_optimizer("stable-lora", 0.1, lam=1.5, weight_decay=0.0, clip_norm=1.0)
+        make_optimizer("stable-lora", 0.1, lam=1.5, ratio=4.0, weight_decay=0.0, clip_norm=1.0)

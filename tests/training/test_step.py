@@ -26,7 +26,7 @@ from tests.training.tiny_runs import adapted, naive_log_likelihoods, questions, 
 
 # Plain gradient descent of rate 1: the step is the gradient.
 SGD = optax.sgd(1.0)
-STABLE = make_optimizer("stable-lora", 1e-3, lam=0.2, weight_decay=0.0, clip_norm=1.0)
+STABLE = make_optimizer("stable-lora", 1e-3, lam=0.2, ratio=4.0, weight_decay=0.0, clip_norm=1.0)
 
 
 def examples_for(loss: str, count: int = 8, seed: int = 0):

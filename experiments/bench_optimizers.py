@@ -1,0 +1,221 @@
+"""Benchmark: what one optimizer update costs, ours against each other and against torch, in turns.
+
+Question:  48 pairs of Qwen2-0.5B (24 x q 896 -> 896 and v 896 -> 128, r = 8), float32: how long is one jitted update
+           with donated buffers, how much longer than AdamW's, and what share of a training step is that?
+Command:   make bench-optimizers        (or python -m experiments.bench_optimizers; in an environment with the torch
+           extra it also times torch.optim.AdamW and PEFT's optimizers)
+Hardware:  2 CPU cores with nothing else running, or one GPU. Minutes: about 10.
+Expected:  over AdamW: Stable-LoRA <= 1.15 (stacked 1.25), LoRA+ <= 1.02, Riemannian <= 2, LoRA-RITE <= 5.
+
+The floor of an AdamW update is memory: it reads p, g, m, v and writes p, m, v, 28 bytes a parameter, 15 MB for the
+540,672 parameters here. Every thread count runs in a process of its own, bound to that many cores; in it the
+contenders take turns.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments.bench_train import machine, versions
+
+# (count, fan-in, fan-out) of the pairs
+QWEN2_05B = ((24, 896, 896), (24, 896, 128))
+SMOLLM2_135M = ((30, 576, 576), (30, 576, 192))
+RANKS = (4, 8, 16, 32, 64, 128, 256)
+PAIRS = (8, 32, 128, 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time optimizer updates in turns, and write a JSON file."""
+
+    out: Path = Path("experiments/results/bench_optimizers.json")
+    """The file to write."""
+    threads: tuple[int, ...] = (1, 2)
+    """Numbers of CPU threads; each runs in a process of its own."""
+    rounds: int = 10
+    """Turns of each contender."""
+    updates: int = 20
+    """Timed updates a turn."""
+    worker: int = 0
+    """Internal: measure in this process, bound to this many cores, and print a line of JSON."""
+
+
+def main(config: BenchConfig) -> None:
+    if config.worker:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: config.worker])
+        print(json.dumps(measure(config)))
+        return
+    runs = []
+    for threads in config.threads:
+        options = ["--worker", str(threads), "--rounds", str(config.rounds), "--updates", str(config.updates)]
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.bench_optimizers", *options], check=True, text=True, stdout=-1
+        )
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    names = versions("jax", "jaxlib", "optax", "torch", "peft")
+    result = {"command": "make bench-optimizers", "machine": machine(), "versions": names, "runs": runs}
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def measure(config: BenchConfig) -> dict[str, Any]:
+    """Returns everything that one process measures, in milliseconds an update."""
+    import jax
+
+    import stable_lora_jax  # noqa: F401  JAX counts the cores here, after they have been bound
+
+    turns = (config.rounds, config.updates)
+    separate = {name: ours(make, QWEN2_05B, 8, stacked=False) for name, make in contenders().items()}
+    stacked = {name: ours(make, QWEN2_05B, 8, stacked=True) for name, make in contenders().items()}
+    run: dict[str, Any] = {"threads": config.worker, "device": jax.devices()[0].device_kind}
+    run["separate"] = medians(separate | torch_contenders(config.worker), *turns)
+    run["stacked"] = medians(stacked, *turns)
+    smol = medians({name: ours(make, SMOLLM2_135M, 8, stacked=True) for name, make in contenders().items()}, *turns)
+    run["smollm2_135m"] = smol
+    if config.worker == max(config.threads):
+        by_rank = {r: {n: ours(make, QWEN2_05B, r, stacked=True) for n, make in contenders().items()} for r in RANKS}
+        run["by_rank"] = {rank: medians(each, 5, 3) for rank, each in by_rank.items()}
+        run["by_pairs"] = {
+            count: medians({n: ours(make, ((count, 896, 896),), 8, True) for n, make in contenders().items()}, 5, 5)
+            for count in PAIRS
+        }
+    return run
+
+
+def contenders() -> dict[str, Callable[[], Any]]:
+    """Returns name -> a function that makes the transformation."""
+    import optax
+
+    from stable_lora_jax import lora_plus, lora_rite, riemannian_adamw, stable_lora, stable_lora_shrink
+
+    adamw = lambda: optax.adamw(1e-4)  # noqa: E731
+    return {
+        "AdamW": adamw,
+        "Stable-LoRA": lambda: optax.chain(adamw(), stable_lora_shrink(1e-3)),
+        "Stable-LoRA, wrapped": lambda: stable_lora(adamw(), 1e-3),
+        "LoRA+": lambda: lora_plus(1e-4, 16.0, weight_decay=1e-4),
+        "Riemannian": lambda: riemannian_adamw(1e-4, weight_decay=1e-4),
+        "Riemannian, sequential": lambda: riemannian_adamw(1e-4, ordering="sequential", weight_decay=1e-4),
+        "LoRA-RITE": lambda: lora_rite(1e-4),
+    }
+
+
+def ours(
+    make: Callable[[], Any], shapes: tuple[tuple[int, int, int], ...], rank: int, stacked: bool
+) -> Iterator[None]:
+    """Yields before and after every update of a fresh problem; the first takes the compilation."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    rng = np.random.default_rng(0)
+    tree: dict[str, Any] = {}
+    for number, (count, n, m) in enumerate(shapes):
+        sizes = {"lora_a": (n, rank), "lora_b": (rank, m)}
+        groups = {f"{number}": (count,)} if stacked else {f"{number}.{i}": () for i in range(count)}
+        for name, stack in groups.items():
+            tree[name] = {side: jnp.asarray(rng.normal(size=(*stack, *s)) / 30, jnp.float32) for side, s in sizes.items()}
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 1e3, jnp.float32), tree)
+    tx = make()
+    state = jax.jit(tx.init)(tree)
+
+    def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(update, donate_argnums=(0, 1))
+    while True:
+        yield
+        tree, state = step(tree, state, grads)
+        jax.block_until_ready((tree, state))
+        yield
+
+
+def torch_contenders(threads: int) -> dict[str, Iterator[None]]:
+    """Returns torch's AdamW and PEFT's optimizers on the same pairs; none without the torch extra."""
+    try:
+        import peft
+        import torch
+    except ModuleNotFoundError:
+        return {}
+    torch.set_num_threads(threads)
+
+    def model() -> Any:
+        layers = [torch.nn.Linear(n, m, bias=False) for count, n, m in QWEN2_05B for _ in range(count)]
+        config = peft.LoraConfig(r=8, target_modules=[str(i) for i in range(len(layers))])
+        adapted = peft.get_peft_model(torch.nn.Sequential(*layers), config)
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.grad = torch.randn_like(p) / 1e3
+                torch.nn.init.normal_(p, std=1 / 30)
+        return adapted
+
+    def steps(make: Callable[[Any], Any]) -> Iterator[None]:
+        adapted = model()
+        optimizer = make(adapted)
+        grads = [(p.grad, p.grad.clone()) for p in adapted.parameters() if p.requires_grad]
+        while True:
+            for grad, fresh in grads:  # PEFT's Riemannian scales them in place
+                grad.copy_(fresh)
+            yield
+            optimizer.step()
+            yield
+
+    adamw = torch.optim.AdamW
+    trained = lambda adapted: [p for p in adapted.parameters() if p.requires_grad]  # noqa: E731
+    plus, riemannian = peft.optimizers.create_loraplus_optimizer, peft.optimizers.create_riemannian_optimizer
+    return {
+        "torch AdamW": steps(lambda adapted: adamw(trained(adapted), lr=1e-4)),
+        "torch AdamW, fused": steps(lambda adapted: adamw(trained(adapted), lr=1e-4, fused=True)),
+        "PEFT LoRA+": steps(lambda adapted: plus(adapted, adamw, lr=1e-4, loraplus_lr_ratio=16)),
+        "PEFT Riemannian": steps(lambda adapted: riemannian(adapted, adamw, lr=1e-4)),
+    }
+
+
+def medians(contenders: dict[str, Iterator[None]], rounds: int, updates: int) -> dict[str, float]:
+    """Returns the median milliseconds of an update of each contender, timed in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for each in contenders.values():
+        for _ in range(4):
+            next(each)
+    for _ in range(rounds):
+        for name, each in contenders.items():
+            for _ in range(updates):
+                next(each)
+                start = time.perf_counter()
+                next(each)
+                seconds[name].append(time.perf_counter() - start)
+    return {name: round(1e3 * statistics.median(each), 4) for name, each in seconds.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the README's table."""
+    lines = []
+    for run in result["runs"]:
+        lines += [f"{run['threads']} threads, {run['device']}", "| update of | ms | over AdamW | stacked, ms | over AdamW |", "|---|---|---|---|---|"]
+        for name, each in run["separate"].items():
+            base = run["separate"]["torch AdamW" if "torch" in name or "PEFT" in name else "AdamW"]
+            row = f"| {name} | {each:.2f} | {each / base:.2f} | "
+            if name in run["stacked"]:
+                row += f"{run['stacked'][name]:.2f} | {run['stacked'][name] / run['stacked']['AdamW']:.2f} |"
+            else:
+                row += "- | - |"
+            lines.append(row)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig))

@@ -1,0 +1,289 @@
+"""LoRA+, Riemannian and LoRA-RITE: float64 specifications, invariances, linear algebra, guards, errors."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stable_lora_jax import (
+    lora_plus,
+    lora_rite,
+    lora_rite_report,
+    riemannian_adamw,
+    scale_by_lora_rite,
+    scale_by_riemannian,
+    stable_lora,
+)
+from stable_lora_jax.optim import linalg
+
+
+class Adam:
+    """Moments of one matrix; returns the corrected moments."""
+
+    def __init__(self, b1=0.9, b2=0.999):
+        self.b1, self.b2, self.m, self.v, self.t = b1, b2, 0.0, 0.0, 0
+
+    def __call__(self, g):
+        self.t += 1
+        self.m, self.v = self.b1 * self.m + (1 - self.b1) * g, self.b2 * self.v + (1 - self.b2) * g * g
+        return self.m / (1 - self.b1**self.t), self.v / (1 - self.b2**self.t)
+
+
+def spec_lora_plus(a, b, grads, lr=1e-2, ratio=4.0, decay=0.1, eps=1e-8):
+    adam = {0: Adam(), 1: Adam()}
+    for pair in grads:
+        for i, (x, g, rate) in enumerate(((a, pair[0], lr), (b, pair[1], lr * ratio))):
+            m, v = adam[i](g)
+            x *= 1 - rate * decay
+            x -= rate * m / (np.sqrt(v) + eps)
+        yield a.copy(), b.copy()
+
+
+def spec_riemannian(a, b, grads, ordering, lr=1e-2, reg=1e-3, decay=0.1, eps=1e-6):
+    adam, eye = {0: Adam(), 1: Adam()}, np.eye(a.shape[1])
+    for t, (grad_a, grad_b) in enumerate(grads, start=1):
+        a_before = a.copy()
+        for i, x in enumerate((a, b)):
+            if i == 0:
+                g = grad_a @ np.linalg.inv(b @ b.T + reg * eye)
+            else:
+                seen = a if ordering == "sequential" else a_before
+                g = np.linalg.inv(seen.T @ seen + reg * eye) @ grad_b
+            m, v = adam[i](g)
+            if ordering == "sequential":
+                x -= lr * m / (np.sqrt(v) + eps / np.sqrt(1 - 0.999**t))
+                x *= 1 - lr * decay
+            else:
+                x *= 1 - lr * decay
+                x -= lr * m / (np.sqrt(v) + eps)
+        yield a.copy(), b.copy()
+
+
+def spec_lora_rite(a, b, grads, lr=1e-2, decay=0.1, clip=1.0, skip=5.0, cap=0.5, eps=1e-6):
+    x, state, old = [a.copy(), b.T.copy()], [None, None], [None, None]
+    for t, pair in enumerate(grads, start=1):
+        g, (d1, d2) = (pair[0], pair[1].T), (β * (1 - β ** (t - 1)) / (1 - β**t) for β in (0.9, 0.999))
+        bases, roots = zip(*(np.linalg.qr(each) for each in x), strict=True)
+        inverses = [np.linalg.pinv(each, rcond=each.shape[0] * 2.2e-16) for each in roots]
+        u = [g[i] @ inverses[1 - i] for i in (0, 1)]
+        u = [each * (np.sqrt(np.mean(each**2)) <= skip) for each in u]
+        norm = np.sqrt(sum(np.sum(each**2) for each in u))
+        for i in (0, 1):
+            transport = bases[1 - i].T @ old[1 - i] if t > 1 else np.zeros((a.shape[1],) * 2)
+            v, m = state[i] if t > 1 else (np.zeros_like(transport), np.zeros_like(u[i]))
+            scaled = u[i] * min(1, clip / norm)
+            v = (1 - d2) * scaled.T @ scaled / len(scaled) + d2 * transport @ v @ transport.T
+            values, vectors = np.linalg.eigh(v)
+            root = vectors / (np.sqrt(np.maximum(values, 0)) + eps) @ vectors.T
+            m = (1 - d1) * scaled @ root + d1 * m @ transport.T
+            state[i] = v, m
+            capped = m / max(1, np.sqrt(np.mean(m**2)) / cap)
+            x[i] = x[i] - lr * (capped @ inverses[1 - i].T + decay * x[i])
+        old = bases
+        yield x[0].copy(), x[1].T.copy()
+
+
+CASES = {
+    "lora_plus": (lora_plus(1e-2, 4.0, weight_decay=0.1), spec_lora_plus, {}),
+    "simultaneous": (
+        riemannian_adamw(1e-2, reg=1e-3, eps=1e-6, weight_decay=0.1),
+        spec_riemannian,
+        {"ordering": "simultaneous"},
+    ),
+    "sequential": (
+        riemannian_adamw(1e-2, ordering="sequential", reg=1e-3, eps=1e-6, weight_decay=0.1),
+        spec_riemannian,
+        {"ordering": "sequential"},
+    ),
+    "lora_rite": (
+        lora_rite(1e-2, weight_decay=0.1, update_skipping=5.0, update_capping=0.5),
+        spec_lora_rite,
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("n", "r", "m"), [(24, 4, 10), (16, 8, 16), (5, 1, 9)])
+def test_equals_the_float64_specification(case, n, r, m):
+    tx, spec, options = CASES[case]
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(n, r)) / np.sqrt(n), rng.normal(size=(r, m)) / 10
+    grads = [(rng.normal(size=(n, r)) / 9, rng.normal(size=(r, m)) / 9) for _ in range(20)]
+    with jax.enable_x64(True):
+        params = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
+        state, update = tx.init(params), jax.jit(tx.update)
+        for (grad_a, grad_b), (a, b) in zip(grads, spec(a.copy(), b.copy(), grads, **options), strict=True):
+            updates, state = update({"lora_a": jnp.asarray(grad_a), "lora_b": jnp.asarray(grad_b)}, state, params)
+            params = optax.apply_updates(params, updates)
+            np.testing.assert_allclose(params["lora_a"], a, rtol=1e-8, atol=1e-10)
+            np.testing.assert_allclose(params["lora_b"], b, rtol=1e-8, atol=1e-10)
+
+
+def moved_product(tx, a, b, steps):
+    """Returns A B after some steps on ||A B - target||²/2, from a given split."""
+    target = jnp.asarray(np.random.default_rng(3).normal(size=(a.shape[0], b.shape[1])))
+    params = {"lora_a": a, "lora_b": b}
+    state, grad = tx.init(params), jax.grad(lambda p: jnp.sum((p["lora_a"] @ p["lora_b"] - target) ** 2) / 2)
+    for _ in range(steps):
+        updates, state = jax.jit(tx.update)(grad(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return np.asarray(params["lora_a"] @ params["lora_b"])
+
+
+@pytest.mark.parametrize(
+    ("tx", "steps", "invariant"),
+    [
+        (optax.chain(scale_by_riemannian(0.0), optax.sgd(0.1)), 5, True),
+        (lora_rite(1e-2), 5, True),
+        (lora_rite(1e-2, escape=True), 5, True),
+        (optax.sgd(0.01), 5, False),
+        (optax.adam(0.01), 5, False),
+        (riemannian_adamw(1e-2), 5, False),
+    ],
+    ids=["riemannian sgd", "lora_rite", "lora_rite escape", "sgd", "adam", "riemannian adam"],
+)
+def test_the_product_moves_the_same_for_every_split(tx, steps, invariant):
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(14, 4)), rng.normal(size=(4, 10))
+    r = rng.normal(size=(4, 4)) + 2 * np.eye(4)
+    with jax.enable_x64(True):
+        first = moved_product(tx, jnp.asarray(a), jnp.asarray(b), steps)
+        second = moved_product(tx, jnp.asarray(a @ np.linalg.inv(r)), jnp.asarray(r @ b), steps)
+    off = np.linalg.norm(first - second) / np.linalg.norm(first - a @ b)
+    assert off < 1e-9 if invariant else off > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("condition", [1e0, 1e2, 1e4])
+@pytest.mark.parametrize("r", [1, 8, 16])
+def test_columns_from_gram_matrices_are_orthonormal(dtype, condition, r):
+    rng = np.random.default_rng(4)
+    with jax.enable_x64(True):
+        u, v = (np.linalg.qr(rng.normal(size=(rows, r)))[0] for rows in (200, r))
+        x = jnp.asarray(u * np.geomspace(1, 1 / condition, r) @ v.T, dtype)[None]
+        (t,) = linalg.orthonormalizers([x])
+        basis = np.asarray(linalg.times(x, t)[0], np.float64)
+    # X T is a product with entries of 1/κ; that alone loses eps κ.
+    assert np.linalg.norm(basis.T @ basis - np.eye(r)) < 10 * r * float(jnp.finfo(dtype).eps) * condition
+
+
+@pytest.mark.parametrize("r", [1, 3, 8, 32, 40])
+def test_inverse_of_a_batch(r):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(6, 3 * r, r))
+    grams = np.einsum("kni,knj->kij", x, x)
+    grams[0] = 0
+    with jax.enable_x64(True):
+        ours = np.asarray(linalg.inverse(jnp.asarray(grams)))
+    np.testing.assert_allclose(ours[1:] @ grams[1:], np.broadcast_to(np.eye(r), (5, r, r)), atol=1e-9)
+    assert not ours[0].any()
+
+
+@pytest.mark.parametrize("ordering", ["simultaneous", "sequential"])
+def test_a_singular_gram_matrix_gives_no_nan(ordering):
+    params = {"lora_a": jnp.ones((6, 3)), "lora_b": jnp.zeros((3, 4))}
+    tx = riemannian_adamw(1e-2, ordering=ordering, reg=0.0)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(jnp.isfinite(leaf).all() for leaf in params.values())
+    assert params["lora_b"].any()
+
+
+def test_rite_counts_what_it_skips_and_how_much_it_clips():
+    rng = np.random.default_rng(6)
+    params = {"lora_a": jnp.asarray(rng.normal(size=(2, 12, 3))), "lora_b": jnp.asarray(rng.normal(size=(2, 3, 6)))}
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    grads = jax.tree.map(lambda p: jnp.ones_like(p).at[1].mul(100.0), params)
+    tx = optax.chain(optax.identity(), stable_lora(lora_rite(1e-3, update_skipping=5.0), 0.0))
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+    report = jax.jit(lora_rite_report)(state)
+    np.testing.assert_array_equal(report.skipped_a["lora"], [0, 3])
+    np.testing.assert_array_equal(report.skipped_b["lora"], [0, 3])
+    assert 0 < report.clip_factor < 1
+    assert not updates["lora_a"][1].any()
+    assert updates["lora_a"][0].any()
+
+
+def test_rite_trains_where_the_batch_is_smaller_than_the_rank():
+    rng = np.random.default_rng(7)
+    x, y = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 16), (2, 8)))
+    params = {"lora_a": jnp.asarray(rng.normal(size=(16, 8)) / 4, jnp.float32), "lora_b": jnp.zeros((8, 8))}
+    loss = lambda p: jnp.mean((x @ p["lora_a"] @ p["lora_b"] - y) ** 2)  # noqa: E731
+    tx = lora_rite(1e-2, update_skipping=0.0)
+    state, trained = tx.init(params), params
+    for _ in range(200):
+        updates, state = jax.jit(tx.update)(jax.grad(loss)(trained), state, trained)
+        trained = optax.apply_updates(trained, updates)
+    assert loss(trained) < 0.05 * loss(params)
+
+
+def test_max_step_a_guards_the_second_step():
+    rng = np.random.default_rng(8)
+    params = {"lora_a": jnp.asarray(rng.normal(size=(64, 8)) / 8, jnp.float32), "lora_b": jnp.zeros((8, 64))}
+
+    def second_step(tx):
+        state, moved = tx.init(params), params
+        for step in range(2):
+            grads = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(9).normal(size=p.shape) / 99), params)
+            if step == 0:
+                grads["lora_a"] = jnp.zeros((64, 8))  # as B = 0 makes it
+            updates, state = tx.update(grads, state, moved)
+            before, moved = moved, optax.apply_updates(moved, updates)
+        return jnp.linalg.norm(moved["lora_a"] - before["lora_a"]) / jnp.linalg.norm(before["lora_a"])
+
+    for rate in (1e-4, 1e-2):  # as in the reference, whatever the learning rate is
+        assert second_step(lora_rite(rate, update_skipping=0.0)) > 0.4
+        assert second_step(lora_rite(rate, update_skipping=0.0, max_step_a=0.05)) < 0.0501
+
+
+def test_balance_ends_at_equal_norms_and_keeps_the_product():
+    rng = np.random.default_rng(10)
+    params = {"lora_a": jnp.asarray(rng.normal(size=(12, 3))), "lora_b": jnp.asarray(rng.normal(size=(3, 6)) / 50)}
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    results = []
+    for balance in (False, True):
+        tx = lora_rite(1e-3, balance=balance)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        results.append(optax.apply_updates(params, updates))
+    plain, balanced = results
+    np.testing.assert_allclose(*(jnp.linalg.norm(balanced[side]) for side in ("lora_a", "lora_b")), rtol=1e-4)
+    product = [each["lora_a"] @ each["lora_b"] for each in (plain, balanced)]
+    np.testing.assert_allclose(product[1], product[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lora_plus(1e-3, 0.5), "ratio=0.5 is not in [1, inf). It is the learning rate of B over that of A"),
+        (lambda: lora_plus(1e-3, float("nan")), "ratio=nan is not in [1, inf)"),
+        (lambda: scale_by_riemannian(-1.0), "reg=-1.0 is not in [0, inf). reg is added to the diagonal"),
+        (lambda: riemannian_adamw(1e-3, reg=float("inf")), "reg=inf is not in [0, inf)"),
+        (
+            lambda: riemannian_adamw(1e-3, ordering="both"),
+            "ordering='both' is unknown. Known orderings: simultaneous, sequential.",
+        ),
+        (lambda: scale_by_lora_rite(b1=1.0), "b1=1.0 is not in [0, 1). It is the decay rate of a moment"),
+        (lambda: lora_rite(1e-3, clip=-1.0), "clip=-1.0 is not in [0, inf). 0 switches it off."),
+        (lambda: lora_rite(1e-3, max_step_a=-1.0), "max_step_a=-1.0 is not in [0, inf)"),
+        (
+            lambda: lora_rite_report(optax.adamw(1e-3).init({"lora_a": jnp.ones((4, 2))})),
+            "holds 0 LoraRiteState instead of one",
+        ),
+        (
+            lambda: lora_rite(1e-3).init({"lora_a": jnp.ones((4, 4)), "lora_b": jnp.ones((4, 4))}),
+            "The rank axis of the pair 'lora' cannot be told: A and B are square",
+        ),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
