@@ -113,9 +113,7 @@ def contenders() -> dict[str, Callable[[], Any]]:
     }
 
 
-def ours(
-    make: Callable[[], Any], shapes: tuple[tuple[int, int, int], ...], rank: int, stacked: bool
-) -> Iterator[None]:
+def ours(make: Callable[[], Any], shapes: tuple[tuple[int, int, int], ...], rank: int, stacked: bool) -> Iterator[None]:
     """Yields before and after every update of a fresh problem; the first takes the compilation."""
     import jax
     import jax.numpy as jnp
@@ -127,7 +125,9 @@ def ours(
         sizes = {"lora_a": (n, rank), "lora_b": (rank, m)}
         groups = {f"{number}": (count,)} if stacked else {f"{number}.{i}": () for i in range(count)}
         for name, stack in groups.items():
-            tree[name] = {side: jnp.asarray(rng.normal(size=(*stack, *s)) / 30, jnp.float32) for side, s in sizes.items()}
+            tree[name] = {
+                side: jnp.asarray(rng.normal(size=(*stack, *s)) / 30, jnp.float32) for side, s in sizes.items()
+            }
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 1e3, jnp.float32), tree)
     tx = make()
     state = jax.jit(tx.init)(tree)
@@ -148,6 +148,7 @@ def torch_contenders(threads: int) -> dict[str, Iterator[None]]:
     """Returns torch's AdamW and PEFT's optimizers on the same pairs; none without the torch extra."""
     try:
         import peft
+        import peft.optimizers
         import torch
     except ModuleNotFoundError:
         return {}
@@ -205,7 +206,11 @@ def table(result: dict[str, Any]) -> str:
     """Returns the README's table."""
     lines = []
     for run in result["runs"]:
-        lines += [f"{run['threads']} threads, {run['device']}", "| update of | ms | over AdamW | stacked, ms | over AdamW |", "|---|---|---|---|---|"]
+        lines += [
+            f"{run['threads']} threads, {run['device']}",
+            "| update of | ms | over AdamW | stacked, ms | over AdamW |",
+            "|---|---|---|---|---|",
+        ]
         for name, each in run["separate"].items():
             base = run["separate"]["torch AdamW" if "torch" in name or "PEFT" in name else "AdamW"]
             row = f"| {name} | {each:.2f} | {each / base:.2f} | "

@@ -1,17 +1,19 @@
-"""Pairs as tall matrices, and the small r x r problems of all of them solved in one call.
+"""Pairs as batches of matrices of one orientation, and the small r x r problems of all of them solved in one call.
 
-A factor is a stack of tall matrices X: (k, rows, r), whatever the layout of its leaf: A as (n, r), B as its transpose
-(m, r), both at least float32. Everything expensive about a pair happens in r dimensions, r being 8 or so, and there are
-as many such problems as the model has adapters: they are concatenated and solved as one batch (`in_one_call`).
+A factor is a matrix X with r columns, whatever the layout of its leaf: X_A = A: (n, r), X_B = Bᵀ: (m, r). Here it is
+stored transposed, so that long rows are contiguous, and all pairs of one shape, stacked or in leaves of their own, are
+one array (k, r, rows), at least float32. Everything expensive about a pair happens in r dimensions, r being 8 or so:
+these small problems of all factors are concatenated and solved as one batch (`in_one_call`).
 
 LAPACK is called once a matrix, with an overhead that is larger than an 8 x 8 problem, and it is slow or missing on
-accelerators. Two of its routines are therefore avoided:
-  * the inverse of a symmetric matrix is swept (Gauss-Jordan without exchanges, stable for a positive matrix), r
-    elementwise steps over the whole batch. A vanishing pivot is left out, so a singular matrix gives no NaN.
-  * orthonormal columns come from the Gram matrix XᵀX instead of a QR of X. That squares the condition number κ, so it
-    is done twice: after the rotation by the Gram matrix's eigenvectors the columns are almost orthogonal, their own
-    norms are accurate, and a second Gram matrix, close to the identity, corrects what is left. The columns are
-    orthonormal to a few units of rounding as long as κ is below about 1/(30 eps): 3e5 in float32.
+accelerators. Two of its routines are therefore avoided, both by r elementwise steps over the whole batch:
+  * the inverse of a symmetric matrix is swept: Gauss-Jordan without exchanges, which is stable for a positive matrix. A
+    vanishing pivot is left out, so a singular matrix gives no NaN.
+  * orthonormal columns come from a Cholesky factor of the Gram matrix XᵀX instead of a QR of X ("CholeskyQR2"). That
+    squares the condition number κ of X (with its columns scaled to length one), so it is done twice: the second Gram
+    matrix is close to the identity, and corrects what the first has lost. The columns are orthonormal within a few
+    units of rounding; a column that depends on those before it by more than 1 - r eps (κ above about 1000 in float32,
+    2e7 in float64) is left out, where a QR would return a direction made of rounding errors.
 """
 
 import math
@@ -28,39 +30,65 @@ from stable_lora_jax.optim.pairs import Pair
 _LARGEST_SWEPT = 32
 
 
-def tall(
-    pairs: Sequence[Pair], leaves: Sequence[Array]
-) -> tuple[list[Float[Array, "_k _n _r"]], list[Float[Array, "_k _m _r"]]]:
-    """Returns the A and the B of every pair, out of a flattened tree, as tall matrices of at least float32.
+def alike(pairs: Sequence[Pair], leaves: Sequence[Array]) -> list[list[Pair]]:
+    """Returns the pairs in groups that have the same rank, fan-in, fan-out and dtypes.
 
     Raises:
       ValueError: a pair of square matrices, where the rank axis cannot be told.
     """
-    axes = [_known_rank_axes(pair) for pair in pairs]
-    return (
-        [_tall(leaves[pair.a], pair.stack_axes, rank_a) for pair, (rank_a, _) in zip(pairs, axes, strict=True)],
-        [_tall(leaves[pair.b], pair.stack_axes, rank_b) for pair, (_, rank_b) in zip(pairs, axes, strict=True)],
-    )
+    groups: dict[Any, list[Pair]] = {}
+    for pair in pairs:
+        if pair.rank_axes is None:
+            raise ValueError(
+                f"The rank axis of the pair '{pair.name}' cannot be told: A and B are square and of the same size. "
+                "This optimizer needs it; use a rank below the fan-in and the fan-out."
+            )
+        kind = tuple((_sizes(leaves[i], pair, side)[1:], leaves[i].dtype) for side, i in ((0, pair.a), (1, pair.b)))
+        groups.setdefault(kind, []).append(pair)
+    return list(groups.values())
 
 
-def put_back(pairs: Sequence[Pair], factors: Sequence[Float[Array, "_k _rows _r"]], leaves: Sequence[Any]) -> list[Any]:
-    """Returns `leaves` with A and B replaced by `factors`, all A and then all B, in the leaves' shapes and dtypes."""
+def factors(
+    groups: Sequence[Sequence[Pair]], leaves: Sequence[Array]
+) -> tuple[list[Float[Array, "_k _r _n"]], list[Float[Array, "_k _r _m"]]]:
+    """Returns the factors A and the factors B of every group, from a flattened tree of parameters or gradients."""
+    a = [jnp.concatenate([_matrices(leaves[pair.a], pair, 0) for pair in group]) for group in groups]
+    b = [jnp.concatenate([_matrices(leaves[pair.b], pair, 1) for pair in group]) for group in groups]
+    return a, b
+
+
+def put_back(
+    groups: Sequence[Sequence[Pair]], moves: Sequence[Float[Array, "_k _r _rows"]], leaves: Sequence[Any]
+) -> list[Any]:
+    """Returns `leaves` with A and B replaced by `moves`, all A and then all B, in the leaves' shapes and dtypes."""
     replaced = list(leaves)
-    for pair, a, b in zip(pairs, factors[: len(pairs)], factors[len(pairs) :], strict=True):
-        rank_a, rank_b = _known_rank_axes(pair)
-        replaced[pair.a] = _like(leaves[pair.a], a, pair.stack_axes, rank_a)
-        replaced[pair.b] = _like(leaves[pair.b], b, pair.stack_axes, rank_b)
+    for number, matrices in enumerate(moves):
+        side, group = number // len(groups), groups[number % len(groups)]
+        start = 0
+        for pair in group:
+            index = (pair.a, pair.b)[side]
+            leaf = leaves[index]
+            order = _order(leaf, pair, side)
+            stop = start + _sizes(leaf, pair, side)[0]
+            moved = matrices[start:stop].reshape([leaf.shape[axis] for axis in order])
+            replaced[index] = jnp.transpose(moved, [order.index(i) for i in range(leaf.ndim)]).astype(leaf.dtype)
+            start = stop
     return replaced
 
 
-def gram(x: Float[Array, "k rows r"], y: Float[Array, "k rows r"]) -> Float[Array, "k r r"]:
-    """Returns xᵀy, in full precision also where products default to less."""
-    return jnp.einsum("kni,knj->kij", x, y, precision=jax.lax.Precision.HIGHEST)
+def gram(x: Float[Array, "k r rows"], y: Float[Array, "k r rows"]) -> Float[Array, "k r r"]:
+    """Returns XᵀY, in full precision also where products default to less."""
+    return jnp.einsum("kin,kjn->kij", x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def times(x: Float[Array, "k rows r"], t: Float[Array, "k r r"]) -> Float[Array, "k rows r"]:
-    """Returns x t, in full precision also where products default to less."""
-    return jnp.einsum("kni,kij->knj", x, t, precision=jax.lax.Precision.HIGHEST)
+def times(x: Float[Array, "k r rows"], t: Float[Array, "k r r"]) -> Float[Array, "k r rows"]:
+    """Returns X T, in full precision also where products default to less."""
+    return jnp.einsum("kin,kij->kjn", x, t, precision=jax.lax.Precision.HIGHEST)
+
+
+def product(x: Float[Array, "k r r"], y: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
+    """Returns x y of small matrices, in full precision also where products default to less."""
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def transpose(x: Float[Array, "k i j"]) -> Float[Array, "k j i"]:
@@ -106,53 +134,51 @@ def inverse(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
     return -swept
 
 
-def orthonormalizers(factors: Sequence[Float[Array, "_k _rows _r"]]) -> list[Float[Array, "_k _r _r"]]:
-    """Returns for every X a T such that the columns of X T are orthonormal: with X = U R, U = X T and T = pinv(R).
+def orthonormalizers(
+    xs: Sequence[Float[Array, "_k _r _rows"]],
+) -> tuple[list[Float[Array, "_k _r _r"]], list[Float[Array, "_k _r _rows"]]]:
+    """Returns for every X a T and X T, whose columns are orthonormal: with X = U R, X T = U and T = pinv(R).
 
-    Where X loses rank (singular values below r eps times the largest) the columns of T, and so of X T, are 0.
+    Where X loses rank, columns of T and of X T are 0.
     """
-    rotations = in_one_call(lambda x: jnp.linalg.eigh(x, symmetrize_input=False)[1], [gram(x, x) for x in factors])
-    rotated = [times(x, q) for x, q in zip(factors, rotations, strict=True)]
-    return in_one_call(_normalizer, rotations, [gram(y, y) for y in rotated])
+    first = in_one_call(_inverse_cholesky, [gram(x, x) for x in xs])
+    nearly = [times(x, t) for x, t in zip(xs, first, strict=True)]
+    second = in_one_call(_inverse_cholesky, [gram(u, u) for u in nearly])
+    maps = [product(t, c) for t, c in zip(first, second, strict=True)]
+    return maps, [times(u, c) for u, c in zip(nearly, second, strict=True)]
 
 
-def _normalizer(q: Float[Array, "k r r"], nearly_diagonal: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
-    """Returns T = Q D⁻¹ G^(-1/2), with D the norms of X Q's columns and G = D⁻¹ (X Q)ᵀ(X Q) D⁻¹, close to I."""
-    rank = q.shape[-1]
-    norms = jnp.sqrt(jnp.diagonal(nearly_diagonal, axis1=-2, axis2=-1))
-    kept = norms > rank * jnp.finfo(q.dtype).eps * jnp.max(norms, axis=-1, keepdims=True)
-    reciprocal = jnp.where(kept, 1 / jnp.where(kept, norms, 1), 0)
-    g = nearly_diagonal * reciprocal[:, :, None] * reciprocal[:, None, :]
-    # Two Newton steps for G^(-1/2) from I: the error ε of G - I becomes ε², then ε⁴.
-    eye = jnp.eye(rank, dtype=q.dtype)
-    root = 1.5 * eye - 0.5 * g
-    root = 1.5 * root - 0.5 * times(times(times(root, root), root), g)
-    return times(q * reciprocal[:, None, :], root)
+def _inverse_cholesky(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
+    """Returns the upper triangular T with TᵀGT = I, from G = LLᵀ and T = L⁻ᵀ; columns of dependent directions are 0."""
+    rank = grams.shape[-1]
+    smallest = rank * jnp.finfo(grams.dtype).eps * jnp.diagonal(grams, axis1=-2, axis2=-1)
+    # Elimination turns (G | I) into (D Lᵀ | D L⁻¹), D being the diagonal of L: its squares are the pivots.
+    rows = jnp.concatenate([grams, jnp.broadcast_to(jnp.eye(rank, dtype=grams.dtype), grams.shape)], axis=-1)
+    scaled = []
+    for j in range(rank):
+        pivot, row = rows[:, j, j], rows[:, j]
+        kept = pivot > smallest[:, j]
+        row = row * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, pivot, 1)), 0)[:, None]
+        scaled.append(row[:, rank:])
+        rows = rows - row[:, :rank, None] * row[:, None, :]
+    return jnp.stack(scaled, axis=-1)
 
 
-def _known_rank_axes(pair: Pair) -> tuple[int, int]:
-    if pair.rank_axes is None:
-        raise ValueError(
-            f"The rank axis of the pair '{pair.name}' cannot be told: A and B are square and of the same size. This "
-            "optimizer needs it; use a rank below the fan-in and the fan-out."
-        )
-    return pair.rank_axes
+def _order(leaf: Array, pair: Pair, side: int) -> tuple[int, ...]:
+    """Returns the leaf's axes as stack, rank, rows."""
+    assert pair.rank_axes is not None  # `alike` has refused such pairs
+    rank_axis = pair.rank_axes[side]
+    rows = [axis for axis in range(leaf.ndim) if axis not in pair.stack_axes and axis != rank_axis]
+    return (*pair.stack_axes, rank_axis, *rows)
 
 
-def _order(leaf: Array, stack_axes: tuple[int, ...], rank_axis: int) -> tuple[int, ...]:
-    """Returns the leaf's axes as stack, rows, rank."""
-    rows = [axis for axis in range(leaf.ndim) if axis not in stack_axes and axis != rank_axis]
-    return (*stack_axes, *rows, rank_axis)
+def _sizes(leaf: Array, pair: Pair, side: int) -> tuple[int, int, int]:
+    """Returns (k, r, rows) of a leaf."""
+    count = math.prod(leaf.shape[axis] for axis in pair.stack_axes)
+    rank = leaf.shape[_order(leaf, pair, side)[len(pair.stack_axes)]]
+    return count, rank, leaf.size // (count * rank)
 
 
-def _tall(leaf: Array, stack_axes: tuple[int, ...], rank_axis: int) -> Float[Array, "k rows r"]:
-    moved = jnp.transpose(leaf, _order(leaf, stack_axes, rank_axis))
-    wide = moved.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    count, rank = math.prod(leaf.shape[axis] for axis in stack_axes), leaf.shape[rank_axis]
-    return wide.reshape(count, leaf.size // (count * rank), rank)
-
-
-def _like(leaf: Array, matrices: Float[Array, "k rows r"], stack_axes: tuple[int, ...], rank_axis: int) -> Array:
-    order = _order(leaf, stack_axes, rank_axis)
-    moved = matrices.reshape([leaf.shape[axis] for axis in order])
-    return jnp.transpose(moved, [order.index(axis) for axis in range(leaf.ndim)]).astype(leaf.dtype)
+def _matrices(leaf: Array, pair: Pair, side: int) -> Float[Array, "k r rows"]:
+    wide = jnp.transpose(leaf, _order(leaf, pair, side)).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return wide.reshape(_sizes(leaf, pair, side))

@@ -12,18 +12,18 @@ import math
 import jax
 import optax
 
-from stable_lora_jax.optim.hyperparameters import check_range
+from stable_lora_jax.optim.hyperparameters import Number, check_range
 from stable_lora_jax.optim.pairs import Labels, PyTree, StackAxes, find_pairs, is_none
 
 
 def lora_plus(
     learning_rate: optax.ScalarOrSchedule,
-    ratio: float,
+    ratio: Number,
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
     labels: Labels = None,
     stack_axes: StackAxes = "infer",
 ) -> optax.GradientTransformationExtraArgs:

@@ -17,10 +17,12 @@ P V Pᵀ loses of V ("escape", off by default). Before that, a factor whose u ha
 Deviations from the reference code, none of which shows in a run that the reference survives:
   * the state is in the optimizer state, and is there after a checkpoint; the reference forgets it.
   * everything inside is float32 for narrower adapters, which the reference does not take.
-  * eigenvalues of V are cut off at 0. In the reference one that rounding has made negative becomes a NaN, then 0, and
-    with a batch smaller than r nothing trains.
+  * directions that no gradient has shown yet, where V's eigenvalues are zero within rounding, do not move. In the
+    reference such an eigenvalue, if rounding has made it negative, becomes a NaN, then all of S becomes 0, and with a
+    batch smaller than r nothing trains; if positive, what moves is rounding errors scaled up to a full step.
   * U comes from Gram matrices, not from QR (see `linalg`); the basis does not matter to A and B. Where a factor loses
-    rank, as B = 0 does at the start, U has columns of zeros instead of arbitrary ones.
+    rank, as B = 0 does at the start, U has columns of zeros instead of arbitrary ones. In float32 that is the case from
+    a condition number of about 1000 on, in the reference from 1e6 on.
   * skipped steps, silent in the reference, are counted (`lora_rite_report`): a factor that is skipped at every step is
     frozen, and the loss's scale is then too large for `update_skipping`.
   * `max_step_a` (off by default) guards the second step. B is of the size of η then, T of the size of 1/η, and so A
@@ -37,10 +39,21 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32, Int32
 
-from stable_lora_jax.optim.hyperparameters import check_range
-from stable_lora_jax.optim.linalg import gram, in_one_call, orthonormalizers, put_back, tall, times, transpose
+from stable_lora_jax.optim.hyperparameters import Number, check_range
+from stable_lora_jax.optim.linalg import (
+    alike,
+    factors,
+    gram,
+    in_one_call,
+    orthonormalizers,
+    product,
+    put_back,
+    times,
+    transpose,
+)
 from stable_lora_jax.optim.pairs import (
     Labels,
+    Pair,
     PyTree,
     StackAxes,
     find_pairs,
@@ -50,10 +63,10 @@ from stable_lora_jax.optim.pairs import (
 
 
 class FactorState(NamedTuple):
-    """State of one factor, k matrices of it: its basis U, both moments, ρ, and how often it was skipped."""
+    """State of one factor, k matrices of it: its basis Uᵀ, both moments Mᵀ and V, ρ, and how often it was skipped."""
 
-    basis: Float[Array, "k rows r"]
-    first: Float[Array, "k rows r"]
+    basis: Float[Array, "k r rows"]
+    first: Float[Array, "k r rows"]
     second: Float[Array, "k r r"]
     escape: Float[Array, "k"]
     skipped: Int32[Array, "k"]
@@ -85,16 +98,16 @@ class LoraRiteReport(NamedTuple):
 def lora_rite(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    clip: float = 1.0,
-    update_skipping: float = 1.0,
-    update_capping: float = 0.0,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-6,
+    clip: Number = 1.0,
+    update_skipping: Number = 1.0,
+    update_capping: Number = 0.0,
     escape: bool = False,
     balance: bool = False,
-    weight_decay: float = 0.0,
-    max_step_a: float | None = None,
+    weight_decay: Number = 0.0,
+    max_step_a: Number | None = None,
     labels: Labels = None,
     stack_axes: StackAxes = "infer",
 ) -> optax.GradientTransformationExtraArgs:
@@ -146,12 +159,12 @@ def lora_rite(
 
 
 def scale_by_lora_rite(
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    clip: float = 1.0,
-    update_skipping: float = 1.0,
-    update_capping: float = 0.0,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-6,
+    clip: Number = 1.0,
+    update_skipping: Number = 1.0,
+    update_capping: Number = 0.0,
     escape: bool = False,
     *,
     labels: Labels = None,
@@ -183,11 +196,9 @@ def scale_by_lora_rite(
         check_range(name, value, 0, math.inf, "0 switches it off.")
 
     def init(params: PyTree) -> LoraRiteState:
-        pairs = find_pairs(params, labels, stack_axes)
-        a, b = (
-            {pair.name: _start(x) for pair, x in zip(pairs, factors, strict=True)}
-            for factors in tall(pairs, jax.tree.leaves(params, is_leaf=is_none))
-        )
+        leaves = jax.tree.leaves(params, is_leaf=is_none)
+        pairs = [[pair] for group in alike(find_pairs(params, labels, stack_axes), leaves) for pair in group]
+        a, b = ({p.name: _start(x) for (p,), x in zip(pairs, side, strict=True)} for side in factors(pairs, leaves))
         return LoraRiteState(jnp.zeros((), jnp.int32), a, b, jnp.ones((), jnp.float32))
 
     def update(
@@ -199,33 +210,30 @@ def scale_by_lora_rite(
                 "LoRA-RITE got params=None. It reads A and B to scale the gradients: call "
                 "tx.update(grads, opt_state, params)."
             )
-        pairs = find_pairs(params, labels, stack_axes)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
-        a, b = tall(pairs, jax.tree.leaves(params, is_leaf=is_none))
-        grad_a, grad_b = tall(pairs, leaves)
-        old = [side[pair.name] for side in (state.a, state.b) for pair in pairs]
+        values = jax.tree.leaves(params, is_leaf=is_none)
+        groups = alike(find_pairs(params, labels, stack_axes), values)
+        a, b = factors(groups, values)
+        grad_a, grad_b = factors(groups, leaves)
+        old = [_joined(group, side) for side in (state.a, state.b) for group in groups]
         step = state.step + 1
 
         def of_other_factor(values: list[Array]) -> list[Array]:
-            return values[len(pairs) :] + values[: len(pairs)]
+            return values[len(groups) :] + values[: len(groups)]
 
-        maps = orthonormalizers(a + b)
-        bases = [times(x, t) for x, t in zip(a + b, maps, strict=True)]
+        maps, bases = orthonormalizers(a + b)
         transports = of_other_factor([gram(u, each.basis) for u, each in zip(bases, old, strict=True)])
         maps = of_other_factor(maps)
         # u = g T
         unmagnified = [times(g, t) for g, t in zip(grad_a + grad_b, maps, strict=True)]
         covariances = [gram(u, u) for u in unmagnified]
         kept, scales, clip_factor = _skip_and_clip(unmagnified, covariances, update_skipping, clip)
-        seconds, roots, escapes = _unzip(
-            in_one_call(
-                functools.partial(_second_moment, step=step, b2=b2, eps=eps, escape=escape),
-                [each.second for each in old],
-                [each.escape for each in old],
-                [c * (s**2 / u.shape[1])[:, None, None] for c, s, u in zip(covariances, scales, unmagnified, strict=True)],
-                transports,
-            )
-        )
+        covariances = [
+            c * (s**2 / u.shape[-1])[:, None, None] for c, s, u in zip(covariances, scales, unmagnified, strict=True)
+        ]
+        second_moment = functools.partial(_second_moment, step=step, b2=b2, eps=eps, escape=escape)
+        before = [each.second for each in old], [each.escape for each in old]
+        seconds, roots, escapes = _unzip(in_one_call(second_moment, *before, covariances, transports))
         # M ← (1 - d1) u (V + ρ)^(-1/2) + d1 M Pᵀ
         d1 = _debiased(b1, step)
         firsts = [
@@ -233,13 +241,10 @@ def scale_by_lora_rite(
             for u, s, root, each, p in zip(unmagnified, scales, roots, old, transports, strict=True)
         ]
         moves = [times(_cap(m, update_capping), transpose(t)) for m, t in zip(firsts, maps, strict=True)]
-        new = [
-            FactorState(basis, first, second, rho, each.skipped + ~keep)
-            for basis, first, second, rho, each, keep in zip(bases, firsts, seconds, escapes, old, kept, strict=True)
-        ]
-        names = [pair.name for pair in pairs]
-        sides = (dict(zip(names, side, strict=True)) for side in (new[: len(pairs)], new[len(pairs) :]))
-        return jax.tree.unflatten(treedef, put_back(pairs, moves, leaves)), LoraRiteState(step, *sides, clip_factor)
+        skipped = [each.skipped + ~keep for each, keep in zip(old, kept, strict=True)]
+        new = [FactorState(*each) for each in zip(bases, firsts, seconds, escapes, skipped, strict=True)]
+        sides = _split(groups, new[: len(groups)], state.a), _split(groups, new[len(groups) :], state.b)
+        return jax.tree.unflatten(treedef, put_back(groups, moves, leaves)), LoraRiteState(step, *sides, clip_factor)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -253,31 +258,48 @@ def lora_rite_report(opt_state: PyTree) -> LoraRiteReport:
     states = find_states(opt_state, LoraRiteState)
     if len(states) != 1:
         raise ValueError(
-            f"opt_state, a {type(opt_state).__name__}, holds {len(states)} LoraRiteState instead of one. Pass the state "
-            "of a transformation built with lora_rite; for a flax.nnx.Optimizer pass optimizer.opt_state."
+            f"opt_state, a {type(opt_state).__name__}, holds {len(states)} LoraRiteState instead of one. Pass the "
+            "state of a transformation built with lora_rite; for a flax.nnx.Optimizer pass optimizer.opt_state."
         )
     (state,) = states
     skipped = ({name: jax.tree.leaves(f.skipped)[0] for name, f in side.items()} for side in (state.a, state.b))
     return LoraRiteReport(jax.tree.leaves(state.clip_factor)[0], *skipped)
 
 
-def _start(x: Float[Array, "k rows r"]) -> FactorState:
-    count, _, rank = x.shape
+def _start(x: Float[Array, "k r rows"]) -> FactorState:
+    count, rank, _ = x.shape
     zeros = jnp.zeros((count, rank, rank), x.dtype)
     return FactorState(
         jnp.zeros_like(x), jnp.zeros_like(x), zeros, jnp.zeros(count, x.dtype), jnp.zeros(count, jnp.int32)
     )
 
 
-def _debiased(beta: float, step: Array) -> Array:
+def _joined(group: list[Pair], side: dict[str, FactorState]) -> FactorState:
+    """Returns the states of a group's pairs as one."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(side[pair.name] for pair in group))
+
+
+def _split(groups: list[list[Pair]], joined: list[FactorState], like: dict[str, FactorState]) -> dict[str, FactorState]:
+    """Returns the state of every pair from those of the groups; `like` tells how many matrices each pair has."""
+    parts: dict[str, FactorState] = {}
+    for group, state in zip(groups, joined, strict=True):
+        start = 0
+        for pair in group:
+            stop = start + len(like[pair.name].skipped)
+            parts[pair.name] = jax.tree.map(lambda x, span=slice(start, stop): x[span], state)
+            start = stop
+    return parts
+
+
+def _debiased(beta: Number, step: Array) -> Array:
     """Returns d = b (1 - b^(t-1)) / (1 - b^t), so that an average from zero needs no further correction."""
     return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
 
 
 def _skip_and_clip(
-    unmagnified: list[Array], covariances: list[Array], update_skipping: float, clip: float
+    unmagnified: list[Array], covariances: list[Array], update_skipping: Number, clip: Number
 ) -> tuple[list[Array], list[Array], Array]:
-    """Returns (kept, scales, clip factor): per matrix whether it moves and what u is multiplied by, 0 if it does not."""
+    """Returns (kept, scales, clip factor): per matrix whether it moves and what u is multiplied by, 0 if not."""
     squares = [jnp.trace(c, axis1=-2, axis2=-1) for c in covariances]
     kept = [
         (square <= update_skipping**2 * u[0].size) | (update_skipping == 0)
@@ -295,13 +317,13 @@ def _second_moment(
     covariance: Float[Array, "k r r"],
     transport: Float[Array, "k r r"],
     step: Array,
-    b2: float,
-    eps: float,
+    b2: Number,
+    eps: Number,
     escape: bool,
 ) -> tuple[Float[Array, "k r r"], Float[Array, "k r r"], Float[Array, "k"]]:
     """Returns the new V, (V + ρ)^(-1/2) and ρ."""
     d2 = _debiased(b2, step).astype(second.dtype)
-    moved = _symmetric(times(times(transport, second), transpose(transport)))
+    moved = _symmetric(product(product(transport, second), transpose(transport)))
     if escape:
         # ρ ← d2 (ρ + min(max_i(λ_i(V) - λ_i(P V Pᵀ)), tr V - tr P V Pᵀ)), both cut off at 0
         values = jnp.linalg.eigvalsh(jnp.concatenate([second, moved])).reshape(2, *second.shape[:2])
@@ -310,15 +332,16 @@ def _second_moment(
     # V ← (1 - d2) uᵀu / rows + d2 P V Pᵀ
     second = _symmetric((1 - d2) * covariance + d2 * moved)
     values, vectors = jnp.linalg.eigh(second, symmetrize_input=False)
-    scale = 1 / (jnp.sqrt(jnp.clip(values, min=0) + rho[:, None]) + eps)
-    return second, times(vectors * scale[:, None, :], transpose(vectors)), rho
+    seen = values > values.shape[-1] * jnp.finfo(values.dtype).eps * values[:, -1:]
+    scale = jnp.where(seen, 1 / (jnp.sqrt(jnp.clip(values, min=0) + rho[:, None]) + eps), 0)
+    return second, product(vectors * scale[:, None, :], transpose(vectors)), rho
 
 
 def _symmetric(x: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
     return (x + transpose(x)) / 2
 
 
-def _cap(first: Float[Array, "k rows r"], largest: float) -> Float[Array, "k rows r"]:
+def _cap(first: Float[Array, "k r rows"], largest: Number) -> Float[Array, "k r rows"]:
     """Returns M, scaled down to a root mean square of `largest`; 0 caps nothing."""
     rms = jnp.sqrt(jnp.mean(first**2, axis=(-2, -1), keepdims=True))
     return jnp.where((largest > 0) & (rms > largest), first * (largest / rms), first)
@@ -330,20 +353,21 @@ def _on_pairs(
     """Returns a link that replaces the updates of every pair by ``function(a, b, update of a, update of b)``."""
 
     def update(updates: PyTree, params: PyTree) -> PyTree:
-        pairs = find_pairs(params, labels, stack_axes)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
-        factors = zip(*tall(pairs, jax.tree.leaves(params, is_leaf=is_none)), *tall(pairs, leaves), strict=True)
-        moves_a, moves_b = zip(*(function(*each) for each in factors), strict=True)
-        return jax.tree.unflatten(treedef, put_back(pairs, moves_a + moves_b, leaves))
+        values = jax.tree.leaves(params, is_leaf=is_none)
+        groups = alike(find_pairs(params, labels, stack_axes), values)
+        each = zip(*factors(groups, values), *factors(groups, leaves), strict=True)
+        moves_a, moves_b = zip(*(function(*group) for group in each), strict=True)
+        return jax.tree.unflatten(treedef, put_back(groups, moves_a + moves_b, leaves))
 
     return optax.stateless(update)
 
 
-def _norm(x: Float[Array, "k rows r"]) -> Float[Array, "k 1 1"]:
+def _norm(x: Float[Array, "k r rows"]) -> Float[Array, "k 1 1"]:
     return jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
 
 
-def _shorten(move: Float[Array, "k rows r"], longest: Float[Array, "k 1 1"]) -> Float[Array, "k rows r"]:
+def _shorten(move: Float[Array, "k r rows"], longest: Float[Array, "k 1 1"]) -> Float[Array, "k r rows"]:
     norm = _norm(move)
     return move * jnp.where(norm > longest, longest / norm, 1)
 

@@ -27,15 +27,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32
 
-from stable_lora_jax.optim.hyperparameters import check_range
-from stable_lora_jax.optim.linalg import gram, in_one_call, inverse, put_back, tall, times
+from stable_lora_jax.optim.hyperparameters import Number, check_range
+from stable_lora_jax.optim.linalg import alike, factors, gram, in_one_call, inverse, put_back, times
 from stable_lora_jax.optim.pairs import Labels, Pair, PyTree, StackAxes, find_pairs, is_none
 
 ORDERINGS = ("simultaneous", "sequential")
 
-_REG = (
-    "reg is added to the diagonal of the r x r Gram matrices before they are inverted; PEFT uses 1e-2, the authors 1e-6."
-)
+_REG = "reg is added to the diagonal of the r x r Gram matrices before they are inverted; PEFT uses 1e-2, the authors 1e-6."
 
 
 class RiemannianState(NamedTuple):
@@ -47,7 +45,7 @@ class RiemannianState(NamedTuple):
 
 
 def scale_by_riemannian(
-    reg: float = 1e-2, *, labels: Labels = None, stack_axes: StackAxes = "infer"
+    reg: Number = 1e-2, *, labels: Labels = None, stack_axes: StackAxes = "infer"
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the preconditioner alone: g_A (B Bᵀ + reg I)⁻¹ and (Aᵀ A + reg I)⁻¹ g_B; other leaves pass through.
 
@@ -78,11 +76,11 @@ def scale_by_riemannian(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, optax.EmptyState]:
         del extra_args
-        a, b, pairs = _factors(params, labels, stack_axes)
+        a, b, groups = _factors(params, labels, stack_axes)
         grads, treedef = jax.tree.flatten(updates, is_leaf=is_none)
-        grad_a, grad_b = tall(pairs, grads)
+        grad_a, grad_b = factors(groups, grads)
         scaled = _precondition(grad_a + grad_b, b + a, reg)
-        return jax.tree.unflatten(treedef, put_back(pairs, scaled, grads)), state
+        return jax.tree.unflatten(treedef, put_back(groups, scaled, grads)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -91,11 +89,11 @@ def riemannian_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
     ordering: str = "simultaneous",
-    reg: float = 1e-2,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    reg: Number = 1e-2,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
     bias_correction: bool = True,
     labels: Labels = None,
     stack_axes: StackAxes = "infer",
@@ -133,15 +131,15 @@ def riemannian_adamw(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, RiemannianState]:
         del extra_args
-        a, b, pairs = _factors(params, labels, stack_axes)
+        a, b, groups = _factors(params, labels, stack_axes)
         step = state.step + 1
-        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
         grads, treedef = jax.tree.flatten(jax.tree.map(lambda g: g.astype(_wide(g)), updates), is_leaf=is_none)
-        grad_a, grad_b = tall(pairs, grads)
+        grad_a, grad_b = factors(groups, grads)
 
-        def adamw(factors: list[Array]) -> tuple[PyTree, PyTree, PyTree]:
+        def adamw(preconditioned: list[Array]) -> tuple[PyTree, PyTree, PyTree]:
             """Returns (moves, first, second) of the whole tree, from the preconditioned gradients of all pairs."""
-            scaled = jax.tree.unflatten(treedef, put_back(pairs, factors, grads))
+            scaled = jax.tree.unflatten(treedef, put_back(groups, preconditioned, grads))
             # m ← b1 m + (1 - b1) g;  v ← b2 v + (1 - b2) g²
             first = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, scaled, state.first)
             second = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g**2, scaled, state.second)
@@ -151,14 +149,14 @@ def riemannian_adamw(
                 # m/c1 / (√(v/c2) + eps), or with eps added to √v
                 root = jnp.asarray(jnp.sqrt(c2), v.dtype)
                 change = -rate * (root / c1) * m / (jnp.sqrt(v) + (eps if sequential else eps * root))
-                return (change - rate * weight_decay * (p + change if sequential else p)).astype(m.dtype)
+                return (change - rate * weight_decay * (p + change if sequential else p)).astype(v.dtype)
 
             return jax.tree.map(move, first, second, params), first, second
 
         scaled_a = _precondition(grad_a, b, reg)
         if sequential:  # of this first pass only the A is used
             moved = jax.tree.map(lambda p, u: p + u, params, adamw(scaled_a + grad_b)[0])
-            a, _ = tall(pairs, jax.tree.leaves(moved, is_leaf=is_none))
+            a, _ = factors(groups, jax.tree.leaves(moved, is_leaf=is_none))
         moves, first, second = adamw(scaled_a + _precondition(grad_b, a, reg))
         moves = jax.tree.map(lambda u, g: u.astype(g.dtype), moves, updates)
         return moves, RiemannianState(step, first, second)
@@ -167,8 +165,8 @@ def riemannian_adamw(
 
 
 def _precondition(
-    grads: Sequence[Float[Array, "_k _rows _r"]], others: Sequence[Float[Array, "_k _rows _r"]], reg: float
-) -> list[Float[Array, "_k _rows _r"]]:
+    grads: Sequence[Float[Array, "_k _r _rows"]], others: Sequence[Float[Array, "_k _r _rows"]], reg: Number
+) -> list[Float[Array, "_k _r _rows"]]:
     """Returns g (XᵀX + reg I)⁻¹ for every gradient g of a factor and the other factor X of its pair."""
 
     def regular_inverse(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
@@ -180,14 +178,15 @@ def _precondition(
 
 def _factors(
     params: PyTree | None, labels: Labels, stack_axes: StackAxes
-) -> tuple[list[Array], list[Array], tuple[Pair, ...]]:
+) -> tuple[list[Array], list[Array], list[list[Pair]]]:
     if params is None:
         raise ValueError(
             "Riemannian preconditioning got params=None. It reads A and B to scale the gradients: call "
             "tx.update(grads, opt_state, params)."
         )
-    pairs = find_pairs(params, labels, stack_axes)
-    return *tall(pairs, jax.tree.leaves(params, is_leaf=is_none)), pairs
+    leaves = jax.tree.leaves(params, is_leaf=is_none)
+    groups = alike(find_pairs(params, labels, stack_axes), leaves)
+    return *factors(groups, leaves), groups
 
 
 def _wide(leaf: Array) -> jnp.dtype:

@@ -39,7 +39,13 @@ def learning_rate_schedule(peak: float, total_steps: int, warmup_steps: int, kin
 
 
 def make_optimizer(
-    method: str, learning_rate: optax.ScalarOrSchedule, *, lam: float, ratio: float, weight_decay: float, clip_norm: float
+    method: str,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    lam: float,
+    ratio: float,
+    weight_decay: float,
+    clip_norm: float,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns a method's whole update rule: clip the global gradient norm, then the method's step.
 

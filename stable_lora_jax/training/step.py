@@ -59,7 +59,7 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, Frozen]:
     return graph, nnx.as_pure(adapters), Frozen(nnx.as_pure(params), nnx.as_pure(random))
 
 
-def join_model(graph: nnx.GraphDef, adapters: nnx.State, frozen: Frozen) -> nnx.Module:
+def join_model(graph: nnx.GraphDef, adapters: nnx.State, frozen: Frozen) -> Any:
     """Returns the model that `split_model` took apart; arrays are shared, not copied."""
     return nnx.merge(graph, adapters, frozen.random, frozen.params)
 

@@ -1,7 +1,7 @@
 """Small least-squares problems with LoRA pairs, on which every optimizer must converge.
 
 Each is (params, loss): start from A ~ N(0, 1/n), B = 0, and fit ``x (W0 + A B) = y`` where y comes from a W0 + ΔW of
-low rank.
+rank r.
 """
 
 import jax
@@ -16,9 +16,9 @@ def _pair(rng, n, r, m, stack=()):
     }
 
 
-def _data(rng, n, m, stack=()):
+def _data(rng, n, r, m, stack=()):
     x = rng.normal(size=(*stack, 32, n))
-    delta = rng.normal(size=(*stack, n, 2)) @ rng.normal(size=(*stack, 2, m)) / np.sqrt(2 * n)
+    delta = rng.normal(size=(*stack, n, r)) @ rng.normal(size=(*stack, r, m)) / np.sqrt(r * n)
     return jnp.asarray(x, jnp.float32), jnp.asarray(x @ delta, jnp.float32)
 
 
@@ -29,14 +29,14 @@ def _error(pair, x, y):
 def symmetric():
     """n = m: both orientations of the pair share two axes."""
     rng = np.random.default_rng(1)
-    x, y = _data(rng, 12, 12)
+    x, y = _data(rng, 12, 4, 12)
     return {"q": _pair(rng, 12, 4, 12)}, lambda params: _error(params["q"], x, y)
 
 
 def asymmetric():
     """Two pairs of different shapes, one of them much wider than tall."""
     rng = np.random.default_rng(2)
-    q, v = _data(rng, 24, 6), _data(rng, 5, 20)
+    q, v = _data(rng, 24, 4, 6), _data(rng, 5, 2, 20)
     params = {"q": _pair(rng, 24, 4, 6), "v": _pair(rng, 5, 2, 20)}
     return params, lambda params: _error(params["q"], *q) + _error(params["v"], *v)
 
@@ -44,7 +44,7 @@ def asymmetric():
 def mixed():
     """A pair beside a trained bias and a kernel whose gradient is zero."""
     rng = np.random.default_rng(3)
-    x, y = _data(rng, 12, 8)
+    x, y = _data(rng, 12, 4, 8)
     kernel = jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)
     params = {"v": _pair(rng, 12, 4, 8) | {"kernel": kernel, "bias": jnp.zeros(8)}}
 
@@ -59,8 +59,8 @@ def mixed():
 def stacked():
     """Three layers in one leaf."""
     rng = np.random.default_rng(4)
-    x, y = _data(rng, 10, 8, stack=(3,))
-    return {"layers": _pair(rng, 10, 2, 8, stack=(3,))}, lambda params: _error(params["layers"], x, y)
+    x, y = _data(rng, 10, 2, 6, stack=(3,))
+    return {"layers": _pair(rng, 10, 2, 6, stack=(3,))}, lambda params: _error(params["layers"], x, y)
 
 
 PROBLEMS = {"symmetric": symmetric, "asymmetric": asymmetric, "mixed": mixed, "stacked": stacked}
