@@ -40,6 +40,7 @@ def lora_plus(
       ValueError: a ratio below 1 or not finite; in init, everything that `find_pairs` raises.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> params = {"lora_a": jnp.ones((64, 8)), "lora_b": jnp.zeros((8, 64))}
       >>> tx = lora_plus(1e-3, ratio=16)
       >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)

@@ -33,7 +33,10 @@ from stable_lora_jax.optim.pairs import Labels, Pair, PyTree, StackAxes, find_pa
 
 ORDERINGS = ("simultaneous", "sequential")
 
-_REG = "reg is added to the diagonal of the r x r Gram matrices before they are inverted; PEFT uses 1e-2, the authors 1e-6."
+_REG = (
+    "reg is added to the diagonal of the r x r Gram matrices before they are inverted; PEFT uses 1e-2, the authors "
+    "1e-6."
+)
 
 
 class RiemannianState(NamedTuple):
