@@ -3,9 +3,10 @@
 import os
 
 # Tests compile more than they compute, so the compiler optimises little.
-flags = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] = " ".join(
-    (os.environ.get("XLA_FLAGS", ""), *flags, "--xla_llvm_disable_expensive_passes=true")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 
