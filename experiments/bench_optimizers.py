@@ -28,6 +28,8 @@ import tyro
 
 from experiments.bench_train import machine, versions
 
+# The length of a training step, of which the table gives shares.
+TRAIN = Path("experiments/results/bench_train.json")
 # (count, fan-in, fan-out) of the pairs
 QWEN2_05B = ((24, 896, 896), (24, 896, 128))
 SMOLLM2_135M = ((30, 576, 576), (30, 576, 192))
@@ -203,22 +205,31 @@ def medians(contenders: dict[str, Iterator[None]], rounds: int, updates: int) ->
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the README's table."""
+    """Returns the README's tables."""
+    step = next(
+        1e3 * cell["ours"]["median_seconds"]
+        for cell in json.loads(TRAIN.read_text())["cells"]
+        if (cell["dtype"], cell["length"]) == ("float32", 64)
+    )
     lines = []
     for run in result["runs"]:
-        lines += [
-            f"{run['threads']} threads, {run['device']}",
-            "| update of | ms | over AdamW | stacked, ms | over AdamW |",
-            "|---|---|---|---|---|",
-        ]
+        lines.append(f"{run['threads']} threads, {run['device']}")
+        lines.append("| update of | ms | over AdamW | stacked, ms | over AdamW | of a training step |")
+        lines.append("|" + "---|" * 6)
+        smol = run["smollm2_135m"]
         for name, each in run["separate"].items():
             base = run["separate"]["torch AdamW" if "torch" in name or "PEFT" in name else "AdamW"]
             row = f"| {name} | {each:.2f} | {each / base:.2f} | "
-            if name in run["stacked"]:
-                row += f"{run['stacked'][name]:.2f} | {run['stacked'][name] / run['stacked']['AdamW']:.2f} |"
+            if name in smol:
+                stacked = run["stacked"]
+                row += f"{stacked[name]:.2f} | {stacked[name] / stacked['AdamW']:.2f} | "
+                row += f"{(smol[name] - smol['AdamW']) / step:+.2%} |"
             else:
-                row += "- | - |"
+                row += "- | - | - |"
             lines.append(row)
+        for sweep, unit in (("by_rank", "r = "), ("by_pairs", "pairs: ")):
+            for size, each in run.get(sweep, {}).items():
+                lines.append(f"{unit}{size}: " + ", ".join(f"{name} {ms:.2f}" for name, ms in each.items()))
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``stable-lora train | eval | generate | export-plots``."""
+"""The command line: ``stable-lora train | eval | generate | export | export-plots``."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Only its tokenizers are used; it would warn that PyTorch, which we do not need, is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
+    from stable_lora_jax.cli.export import ExportConfig, export_command
     from stable_lora_jax.cli.generate import GenerateConfig, generate_command
     from stable_lora_jax.cli.plots import PlotsConfig, plots_command
     from stable_lora_jax.cli.train import TrainConfig, train_command
@@ -20,13 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         TrainConfig: ("train", train_command),
         EvalConfig: ("eval", eval_command),
         GenerateConfig: ("generate", generate_command),
+        ExportConfig: ("export", export_command),
         PlotsConfig: ("export-plots", plots_command),
     }
     try:
         config = tyro.extras.subcommand_cli_from_dict(
             {name: kind for kind, (name, _) in commands.items()},
             prog="stable-lora",
-            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, plot.",
+            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot.",
             args=arguments,
         )
         result = commands[type(config)][1](config)

@@ -1,6 +1,7 @@
 """``stable-lora eval``: accuracy and likelihood of a model, with or without an adapter."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,8 +11,11 @@ from flax import nnx
 from stable_lora_jax.cli.train import DTYPES, known, known_data
 from stable_lora_jax.data import TASKS, Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
-from stable_lora_jax.lora import inject_lora, load_adapter, read_adapter_spec
-from stable_lora_jax.models import Decoder, load_model
+from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec
+from stable_lora_jax.models import Decoder, huggingface_module, load_model
+
+# The names under which others know what an alias of ours stands for.
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,7 @@ class EvalConfig:
     model: str = "smollm2-135m"
     """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file."""
     adapter: Path | None = None
-    """A run directory or an adapter file; the base model alone if not given."""
+    """A run directory, a PEFT directory or an adapter file; the base model alone if not given."""
     data: str = "arc_easy"
     """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag) or a .jsonl file of questions."""
     split: str = "validation"
@@ -62,7 +66,7 @@ def eval_command(config: EvalConfig) -> Evaluation:
 
 
 def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32") -> Decoder:
-    """Returns a base model, with the adapter of a run directory or file if one is given.
+    """Returns a base model, with the adapter of a run directory, a PEFT directory or a file if one is given.
 
     Raises:
       ValueError: an adapter that belongs to another base model; an unknown dtype.
@@ -72,6 +76,11 @@ def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32") -
     if adapter is None:
         return load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
     file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
+    if (adapter / "adapter_config.json").is_file():
+        model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
+        count = inject_peft(adapter, model, HUB_NAMES.get(name, name), huggingface_module)
+        print(f"{adapter}: filled {count} modules", file=sys.stderr)
+        return model
     spec = read_adapter_spec(file)
     model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
     inject_lora(model, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(0), use_rslora=spec.use_rslora)

@@ -19,7 +19,7 @@ class GenerateConfig:
     model: str = "smollm2-135m"
     """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file."""
     adapter: Path | None = None
-    """A run directory or an adapter file."""
+    """A run directory, a PEFT directory or an adapter file."""
     max_new_tokens: int = 64
     """Stop after this many tokens, or at the end-of-sequence token."""
     temperature: float = 0.0

@@ -3,6 +3,7 @@
 from stable_lora_jax.lora.adapter_file import AdapterSpec, adapter_spec, load_adapter, read_adapter_spec, save_adapter
 from stable_lora_jax.lora.injection import TARGETS, inject_lora, lora_modules, merge_lora
 from stable_lora_jax.lora.linear import LoRALinear
+from stable_lora_jax.lora.peft_directory import inject_peft, save_peft
 
 __all__ = [
     "TARGETS",
@@ -10,9 +11,11 @@ __all__ = [
     "LoRALinear",
     "adapter_spec",
     "inject_lora",
+    "inject_peft",
     "load_adapter",
     "lora_modules",
     "merge_lora",
     "read_adapter_spec",
     "save_adapter",
+    "save_peft",
 ]

@@ -64,7 +64,7 @@ def inject_lora(
             f"The model has LoRA adapters already, at {_listed(present)}. Adapters are not stacked on adapters: call "
             "merge_lora(model) first, or start from the base model."
         )
-    chosen = _matching(_linears(model), targets)
+    chosen = _matching(linear_modules(model), targets)
     for path, linear in chosen.items():
         adapted = LoRALinear(
             *(linear, rank, alpha),
@@ -104,7 +104,8 @@ def lora_modules(model: nnx.Module) -> dict[str, LoRALinear]:
     return {_dotted(path): module for path, module in nnx.iter_modules(model) if isinstance(module, LoRALinear)}
 
 
-def _linears(model: nnx.Module) -> dict[str, nnx.Linear]:
+def linear_modules(model: nnx.Module) -> dict[str, nnx.Linear]:
+    """Returns dotted path -> Linear layer, in a fixed order."""
     modules = nnx.iter_modules(model)
     return {_dotted(path): module for path, module in modules if isinstance(module, nnx.Linear)}
 

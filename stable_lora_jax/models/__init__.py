@@ -4,6 +4,7 @@ from stable_lora_jax.models.cache import KVCache, init_cache
 from stable_lora_jax.models.config import DecoderConfig, Llama3RopeScaling, config_from_hf
 from stable_lora_jax.models.decoder import Decoder
 from stable_lora_jax.models.generation import generate, stream
+from stable_lora_jax.models.huggingface import huggingface_module
 from stable_lora_jax.models.loading import load_model
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Llama3RopeScaling",
     "config_from_hf",
     "generate",
+    "huggingface_module",
     "init_cache",
     "load_model",
     "stream",

@@ -56,10 +56,18 @@ def open_huggingface(directory: Path) -> Checkpoint:
 
 def _tensor_name(path: str, layer: int | None) -> str:
     module, leaf = path.rsplit(".", 1)
+    return f"{huggingface_module(module, layer)}.{_LEAVES[leaf]}"
+
+
+def huggingface_module(path: str, layer: int | None) -> str:
+    """Returns the name in transformers of a module of a `Decoder`, of one layer if it is stacked over layers.
+
+    >>> huggingface_module("layers.self_attn.q_proj", 3)
+    'model.layers.3.self_attn.q_proj'
+    """
     if layer is not None:
-        module = module.replace("layers", f"layers.{layer}", 1)
-    prefix = "" if module == "lm_head" else "model."
-    return f"{prefix}{module}.{_LEAVES[leaf]}"
+        path = path.replace("layers", f"layers.{layer}", 1)
+    return path if path == "lm_head" else f"model.{path}"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -141,17 +141,22 @@ def orthonormalizers(
 
     Where X loses rank, columns of T and of X T are 0.
     """
-    first = in_one_call(_inverse_cholesky, [gram(x, x) for x in xs])
+    first = in_one_call(_inverse_root, [gram(x, x) for x in xs])
     nearly = [times(x, t) for x, t in zip(xs, first, strict=True)]
-    second = in_one_call(_inverse_cholesky, [gram(u, u) for u in nearly])
+    second = in_one_call(_inverse_root, [gram(u, u) for u in nearly])
     maps = [product(t, c) for t, c in zip(first, second, strict=True)]
     return maps, [times(u, c) for u, c in zip(nearly, second, strict=True)]
 
 
-def _inverse_cholesky(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
-    """Returns the upper triangular T with TᵀGT = I, from G = LLᵀ and T = L⁻ᵀ; columns of dependent directions are 0."""
+def _inverse_root(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
+    """Returns a T with TᵀGT = I: L⁻ᵀ from G = LLᵀ. Columns that belong to dependent directions are 0."""
     rank = grams.shape[-1]
-    smallest = rank * jnp.finfo(grams.dtype).eps * jnp.diagonal(grams, axis1=-2, axis2=-1)
+    rounding = rank * jnp.finfo(grams.dtype).eps
+    if rank > _LARGEST_SWEPT:
+        values, vectors = jnp.linalg.eigh(grams, symmetrize_input=False)
+        kept = values > rounding * values[:, -1:]
+        return vectors * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)[:, None, :]
+    smallest = rounding * jnp.diagonal(grams, axis1=-2, axis2=-1)
     # Elimination turns (G | I) into (D Lᵀ | D L⁻¹), D being the diagonal of L: its squares are the pivots.
     rows = jnp.concatenate([grams, jnp.broadcast_to(jnp.eye(rank, dtype=grams.dtype), grams.shape)], axis=-1)
     scaled = []

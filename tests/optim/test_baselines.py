@@ -160,7 +160,7 @@ def test_the_product_moves_the_same_for_every_split(tx, steps, invariant):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("condition", [1e0, 1e2, 1e4])
-@pytest.mark.parametrize("r", [1, 8, 16])
+@pytest.mark.parametrize("r", [1, 8, 16, 40])
 def test_columns_from_gram_matrices_are_orthonormal(dtype, condition, r):
     rng = np.random.default_rng(4)
     with jax.enable_x64(True):

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stable_lora_jax import (
@@ -303,6 +304,26 @@ def test_a_pair_in_another_layout_moves_the_same(row, layout):
         back, jax.jit(three_steps, static_argnums=2)(jax.tree.map(to, plain), jax.tree.map(to, grads), axes)
     )
     _assert_close(moved, jax.jit(three_steps)(plain, grads))
+
+
+@rows
+def test_works_in_an_nnx_optimizer(row):
+    make, rate, _, _ = _case(row)
+    model = nnx.LoRA(9, 2, 5, rngs=nnx.Rngs(0))
+    params = {"lora_a": model.lora_a[...], "lora_b": model.lora_b[...]}
+    grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+    optimizer, tx = nnx.Optimizer(model, make(rate), wrt=nnx.LoRAParam), make(rate)
+    update, state = jax.jit(tx.update), tx.init(params)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.State({side: nnx.LoRAParam(grads[side]) for side in grads}))
+
+    for _ in range(2):
+        step(model, optimizer)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    _assert_close({"lora_a": model.lora_a[...], "lora_b": model.lora_b[...]}, params)
 
 
 @rows

@@ -1,0 +1,193 @@
+"""PEFT directories: adapter_config.json and adapter_model.safetensors, as PEFT 0.21 writes and reads them.
+
+PEFT stores a layer's A as ``base_model.model.<module>.lora_A.weight``: (r, n), and B as ``….lora_B.weight``: (m, r), so
+both are transposed here, and adapters stacked over layers are one tensor a layer. The scale stays in the configuration
+(lora_alpha, r, use_rslora); it is never multiplied into B.
+
+Modules have other names in a PEFT file than here (``model.layers.3.self_attn.q_proj`` is matrix 3 of
+``layers.self_attn.q_proj``). `ModuleName` is that translation; that of our decoders is
+`stable_lora_jax.models.huggingface_module`.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from stable_lora_jax.lora.adapter_file import adapter_spec
+from stable_lora_jax.lora.injection import inject_lora, linear_modules, lora_modules
+from stable_lora_jax.lora.linear import LoRALinear
+
+ModuleName: TypeAlias = Callable[[str, int | None], str]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# What PEFT can train and this library cannot hold, with the values that mean "not used".
+_UNUSED = {
+    "alpha_pattern": ({}, None),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "trainable_token_indices": (None,),
+    "use_dora": (False, None),
+}
+
+
+def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: ModuleName) -> int:
+    """Writes the adapters of `model` as a PEFT directory, and returns how many modules it holds.
+
+    Args:
+      directory: where to; it is made, and must not hold an adapter yet.
+      model: a model with adapters of one rank and alpha.
+      base: written as base_model_name_or_path, e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
+      module_name: from a dotted path here, and the number of the layer or None, to the module's name in transformers.
+
+    Raises:
+      ValueError: no adapters or adapters of several kinds.
+      FileExistsError: the directory holds an adapter already.
+    """
+    directory = Path(directory)
+    spec = adapter_spec(model, base)
+    tensors: dict[str, Any] = {}
+    for path, module in lora_modules(model).items():
+        for name, a, b in _matrices(path, module, module_name):
+            tensors[f"base_model.model.{name}.lora_A.weight"] = jnp.asarray(a.T)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = jnp.asarray(b.T)
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in spec.targets}),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": spec.use_rslora,
+    }
+    if present := [name for name in (CONFIG, WEIGHTS) if (directory / name).exists()]:
+        raise FileExistsError(f"{directory} holds {' and '.join(present)} already. Give a new directory.")
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return len(tensors) // 2
+
+
+def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name: ModuleName) -> int:
+    """Injects the adapter of a PEFT directory into `model`, in place, and returns how many modules it filled.
+
+    Args:
+      directory: a PEFT directory, also one that `save_peft` wrote.
+      model: the base model the adapter was trained on, without adapters.
+      base: its name; only what follows the last slash is compared with base_model_name_or_path.
+      module_name: as in `save_peft`.
+
+    Raises:
+      ValueError: a file that is missing or damaged; an adapter for another base model; something other than plain
+        LoRA (named); modules that the model lacks, or that only some of its layers have (named); matrices of another
+        shape. The model is then unchanged.
+    """
+    config, tensors = _read(Path(directory))
+    theirs = config.get("base_model_name_or_path")
+    if theirs and Path(theirs).name.lower() != Path(base).name.lower():
+        raise ValueError(
+            f"{directory} is an adapter for {theirs}, not for {base}. Load it onto that model; if it is the same model "
+            f"under another name, say so in base_model_name_or_path of {CONFIG}."
+        )
+    linears = linear_modules(model)
+    slots = {path: [module_name(path, i) for i in _layers(linear)] for path, linear in linears.items()}
+    wanted = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    targets = [path for path, names in slots.items() if wanted.issuperset(names)]
+    known = {name for path in targets for name in slots[path]}
+    if not tensors or wanted - known:
+        raise ValueError(
+            f"{directory} adapts {len(wanted)} modules; the model has no match for {_some(wanted - known)}. Its own "
+            f"are {_some({name for names in slots.values() for name in names})}; an adapter must cover all layers of "
+            "a kind. Load it onto the model it was trained on."
+        )
+    # Shapes first: nothing changes before everything fits.
+    stacks = {path: _stack(directory, path, linears[path], slots[path], tensors, config["r"]) for path in targets}
+    dtype = jnp.result_type(*(a.dtype for a, _ in stacks.values()))
+    inject_lora(
+        *(model, config["r"], config["lora_alpha"], targets),
+        rngs=nnx.Rngs(0),
+        dtype=dtype,
+        use_rslora=config.get("use_rslora", False),
+    )
+    for path, module in lora_modules(model).items():
+        module.lora_a[...], module.lora_b[...] = stacks[path]
+    return len(known)
+
+
+def _matrices(path: str, module: LoRALinear, module_name: ModuleName) -> list[tuple[str, Any, Any]]:
+    """Returns (module name, A, B) of every matrix."""
+    a, b = module.lora_a[...], module.lora_b[...]
+    if a.ndim == 2:
+        return [(module_name(path, None), a, b)]
+    return [(module_name(path, i), a[i], b[i]) for i in range(a.shape[0])]
+
+
+def _layers(linear: nnx.Linear) -> list[int | None]:
+    return [None] if linear.kernel.ndim == 2 else list(range(linear.kernel.shape[0]))
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
+        raise ValueError(
+            f"{directory} lacks {' and '.join(missing)}. Give the directory that PEFT's save_pretrained wrote."
+        )
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        tensors = load_file(directory / WEIGHTS)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory} is damaged ({error}); copy it again.") from error
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter. Only LORA can be loaded.")
+    if used := [name for name, unused in _UNUSED.items() if name in config and config[name] not in unused]:
+        told = ", ".join(f"{name}={config[name]!r}" for name in used)
+        raise ValueError(f"{directory} uses {told}. Only plain LoRA of one rank and alpha can be loaded.")
+    return config, tensors
+
+
+def _stack(
+    directory: str | Path, path: str, linear: nnx.Linear, names: list[str], tensors: dict[str, Any], rank: int
+) -> tuple[Any, Any]:
+    """Returns A and B of one of our layers, checked against its kernel."""
+    a, b = (
+        np.stack([np.swapaxes(_tensor(directory, tensors, f"{name}.lora_{side}.weight"), 0, 1) for name in names])
+        for side in "AB"
+    )
+    if linear.kernel.ndim == 2:
+        a, b = a[0], b[0]
+    *stack, fan_in, fan_out = linear.kernel.shape
+    expected = (*stack, fan_in, rank), (*stack, rank, fan_out)
+    if (a.shape, b.shape) != expected:
+        raise ValueError(
+            f"{path}: {directory} has A {a.shape} and B {b.shape}, the model needs {expected[0]} and {expected[1]}. "
+            "The adapter was trained on a model of another size, or its r is not the one in its configuration."
+        )
+    return jnp.asarray(a), jnp.asarray(b)
+
+
+def _tensor(directory: str | Path, tensors: dict[str, Any], name: str) -> np.ndarray:
+    key = f"base_model.model.{name}"
+    if key not in tensors:
+        raise ValueError(f"{directory} lacks the tensor {key}. The file is not complete.")
+    return np.asarray(tensors[key])
+
+
+def _some(names: set[str], most: int = 6) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -1,0 +1,165 @@
+"""Adapters leave for PEFT and return: the real PEFT, the real model."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from stable_lora_jax.cli import main
+from stable_lora_jax.data.assets import smollm2_gguf
+from stable_lora_jax.lora import inject_lora, inject_peft, lora_modules, merge_lora, save_adapter, save_peft
+from stable_lora_jax.models import huggingface_module, load_model
+from tests.models import tiny
+
+BASE = "owner/Tiny-Model"
+
+
+def adapted(targets="qkvogud", **options):
+    """A tiny model whose adapters are all random."""
+    model = tiny.decoder()
+    inject_lora(model, 3, 6, targets, rngs=nnx.Rngs(1), b_init=nnx.initializers.normal(0.3), **options)
+    return model
+
+
+def export(tmp_path, model, base=BASE):
+    save_peft(tmp_path / "peft", model, base, huggingface_module)
+    return tmp_path / "peft"
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"dtype": jnp.bfloat16}])
+def test_an_adapter_returns_bitwise(tmp_path, options):
+    model = adapted(**options)
+    directory = export(tmp_path, model)
+    again = tiny.decoder()
+    layers = model.config.num_layers
+    assert inject_peft(directory, again, BASE, huggingface_module) == 7 * layers
+    for path, module in lora_modules(model).items():
+        other = lora_modules(again)[path]
+        assert (other.scale, other.lora_a.dtype) == (module.scale, module.lora_a.dtype)
+        np.testing.assert_array_equal(other.lora_a[...], module.lora_a[...])
+        np.testing.assert_array_equal(other.lora_b[...], module.lora_b[...])
+
+
+def test_any_model_may_be_exported(tmp_path):
+    model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    inject_lora(model, 2, 4, [r"layers.0"], rngs=nnx.Rngs(1))
+    save_peft(tmp_path / "out", model, "mine", lambda path, layer: path)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {key: x.shape for key, x in tensors.items()} == {
+        "base_model.model.layers.0.lora_A.weight": (2, 6),
+        "base_model.model.layers.0.lora_B.weight": (4, 2),
+    }
+
+
+def change_config(directory, **values):
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def change_tensors(directory, change):
+    file = directory / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: shutil.rmtree(d), "lacks adapter_config.json and adapter_model.safetensors"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x10"), "is damaged"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "is damaged"),
+        (lambda d: change_config(d, peft_type="LOHA"), "holds a LOHA adapter. Only LORA can be loaded."),
+        (lambda d: change_config(d, use_dora=True), "uses use_dora=True. Only plain LoRA"),
+        (lambda d: change_config(d, modules_to_save=["lm_head"]), "uses modules_to_save=['lm_head']"),
+        (lambda d: change_config(d, rank_pattern={"q_proj": 4}), "uses rank_pattern={'q_proj': 4}"),
+        (lambda d: change_config(d, base_model_name_or_path="other/Base"), "is an adapter for other/Base, not for"),
+        (lambda d: change_config(d, r=4), "its r is not the one in its configuration"),
+        (
+            lambda d: change_tensors(d, lambda t: {k.replace("q_proj", "query"): v for k, v in t.items()}),
+            "the model has no match for model.layers.0.self_attn.query",
+        ),
+        (
+            lambda d: change_tensors(d, lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up" not in k}),
+            "the model has no match for model.layers.0.mlp.up_proj",
+        ),
+        (
+            lambda d: change_tensors(
+                d, lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up_proj.lora_B" not in k}
+            ),
+            "lacks the tensor base_model.model.model.layers.1.mlp.up_proj.lora_B.weight",
+        ),
+        (lambda d: change_tensors(d, lambda t: {}), "adapts 0 modules"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(tmp_path, damage, message):
+    directory = export(tmp_path, adapted())
+    damage(directory)
+    model = tiny.decoder()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        inject_peft(directory, model, BASE, huggingface_module)
+    assert not lora_modules(model)
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    directory = export(tmp_path, adapted())
+    with pytest.raises(FileExistsError, match=r"holds .* already"):
+        export(tmp_path, adapted())
+    assert directory.is_dir()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The real model with a random adapter, exported by the command line."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = load_model("smollm2-135m")
+    inject_lora(model, 8, 16, "qv", rngs=nnx.Rngs(3), b_init=nnx.initializers.normal(0.02))
+    save_adapter(folder / "adapter.safetensors", model, "smollm2-135m")
+    assert main(["export", str(folder), str(folder / "peft")]) == 0
+    return model, folder / "peft"
+
+
+def test_the_command_line_loads_it(exported, capsys):
+    _, directory = exported
+    arguments = ["--prompt", "The capital of France is", "--max-new-tokens", "2", "--adapter", str(directory)]
+    assert main(["generate", *arguments]) == 0
+    assert "filled 60 modules" in capsys.readouterr().err
+
+
+def test_real_peft_loads_it_and_computes_the_same(exported, tmp_path):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model, directory = exported
+    file = smollm2_gguf()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, 49_152, (2, 16))
+
+    def logits(module):
+        with torch.no_grad():
+            return module(torch.asarray(tokens)).logits.numpy()
+
+    base = logits(reference)
+    theirs = peft.PeftModel.from_pretrained(reference, directory)
+    ours = np.asarray(tiny.call(model, jnp.asarray(tokens)))
+    # Float32 sums in another order through 30 layers; the base model alone differs by as much.
+    assert np.abs(logits(theirs) - ours).max() <= 2e-3
+    assert np.abs(base - ours).max() > 0.1
+    # Written again by PEFT, and read again by us: the same bits.
+    theirs.save_pretrained(tmp_path / "again")
+    for name in ("adapter_model.safetensors",):
+        written, rewritten = (load_file(folder / name) for folder in (directory, tmp_path / "again"))
+        assert written.keys() == rewritten.keys()
+        for key in written:
+            np.testing.assert_array_equal(written[key], rewritten[key])
+    other = load_model("smollm2-135m")
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert inject_peft(tmp_path / "again", other, config["base_model_name_or_path"] or "any", huggingface_module) == 60
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.state(m, nnx.LoRAParam).to_pure_dict() for m in (model, other)))
+    # Merged on both sides.
+    merged = np.asarray(tiny.call(merge_lora(other), jnp.asarray(tokens)))
+    assert np.abs(logits(theirs.merge_and_unload()) - merged).max() <= 2e-3
