@@ -26,8 +26,8 @@ from jaxtyping import Array, Float
 
 from stable_lora_jax.optim.pairs import Pair
 
-# A sweep costs r passes over the batch of r x r matrices; above this rank LAPACK's blocked routines win.
-_LARGEST_SWEPT = 32
+# Loops over up to this many columns are unrolled, which lets the compiler fuse their steps.
+_UNROLLED = 16
 
 
 def alike(pairs: Sequence[Pair], leaves: Sequence[Array]) -> list[list[Pair]]:
@@ -119,19 +119,20 @@ def in_one_call(function: Callable[..., Any], *columns: Sequence[Array]) -> list
 def inverse(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
     """Returns the inverses of symmetric positive matrices; what is singular within rounding is inverted to 0."""
     rank = grams.shape[-1]
-    eps = jnp.finfo(grams.dtype).eps
-    if rank > _LARGEST_SWEPT:
-        return jnp.linalg.pinv(grams, rtol=rank * eps, hermitian=True)
-    floor = rank * eps * jnp.max(jnp.diagonal(grams, axis1=-2, axis2=-1), axis=-1)
-    swept = grams
-    for i in range(rank):
-        pivot, column = swept[:, i, i], swept[:, :, i]
+    floor = rank * jnp.finfo(grams.dtype).eps * jnp.max(jnp.diagonal(grams, axis1=-2, axis2=-1), axis=-1)
+    axis = jnp.arange(rank)
+
+    def sweep(i: Array, x: Array) -> Array:
+        column, pivot = _at(x, i), _at(_at(x, i), i)
         usable = pivot > floor
         reciprocal = jnp.where(usable, 1 / jnp.where(usable, pivot, 1), 0)[:, None]
         scaled = column * reciprocal
-        swept = swept - column[:, :, None] * scaled[:, None, :]
-        swept = swept.at[:, :, i].set(scaled).at[:, i, :].set(scaled).at[:, i, i].set(-reciprocal[:, 0])
-    return -swept
+        here, there = axis == i, (axis == i)[:, None]
+        swept = x - column[:, :, None] * scaled[:, None, :]
+        swept = jnp.where(here & there, -reciprocal[:, :, None], jnp.where(here, scaled[:, :, None], swept))
+        return jnp.where(there & ~here, scaled[:, None, :], swept)
+
+    return -_for_each_column(rank, sweep, grams)
 
 
 def orthonormalizers(
@@ -149,24 +150,31 @@ def orthonormalizers(
 
 
 def _inverse_root(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
-    """Returns a T with TᵀGT = I: L⁻ᵀ from G = LLᵀ. Columns that belong to dependent directions are 0."""
+    """Returns the upper triangular T with TᵀGT = I, from G = LLᵀ and T = L⁻ᵀ; columns of dependent directions are 0."""
     rank = grams.shape[-1]
-    rounding = rank * jnp.finfo(grams.dtype).eps
-    if rank > _LARGEST_SWEPT:
-        values, vectors = jnp.linalg.eigh(grams, symmetrize_input=False)
-        kept = values > rounding * values[:, -1:]
-        return vectors * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)[:, None, :]
-    smallest = rounding * jnp.diagonal(grams, axis1=-2, axis2=-1)
-    # Elimination turns (G | I) into (D Lᵀ | D L⁻¹), D being the diagonal of L: its squares are the pivots.
-    rows = jnp.concatenate([grams, jnp.broadcast_to(jnp.eye(rank, dtype=grams.dtype), grams.shape)], axis=-1)
-    scaled = []
-    for j in range(rank):
-        pivot, row = rows[:, j, j], rows[:, j]
-        kept = pivot > smallest[:, j]
+    smallest = rank * jnp.finfo(grams.dtype).eps * jnp.diagonal(grams, axis1=-2, axis2=-1)
+    done = jnp.arange(rank)[:, None]
+
+    def eliminate(j: Array, rows: Array) -> Array:
+        row = _at(rows, j)
+        pivot = _at(row, j)
+        kept = pivot > _at(smallest, j)
         row = row * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, pivot, 1)), 0)[:, None]
-        scaled.append(row[:, rank:])
-        rows = rows - row[:, :rank, None] * row[:, None, :]
-    return jnp.stack(scaled, axis=-1)
+        below = rows - row[:, :rank, None] * row[:, None, :]
+        return jnp.where(done < j, rows, jnp.where(done == j, row[:, None, :], below))
+
+    # Elimination turns (G | I) into (Lᵀ | L⁻¹), row by row.
+    start = jnp.concatenate([grams, jnp.broadcast_to(jnp.eye(rank, dtype=grams.dtype), grams.shape)], axis=-1)
+    return transpose(_for_each_column(rank, eliminate, start)[:, :, rank:])
+
+
+def _for_each_column(rank: int, step: Callable[[Array, Array], Array], start: Array) -> Array:
+    return jax.lax.fori_loop(0, rank, step, start, unroll=rank <= _UNROLLED)
+
+
+def _at(x: Array, index: Array) -> Array:
+    """Returns x[:, index]."""
+    return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
 
 
 def _order(leaf: Array, pair: Pair, side: int) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -130,6 +129,7 @@ def test_the_command_line_loads_it(exported, capsys):
     assert "filled 60 modules" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers so
 def test_real_peft_loads_it_and_computes_the_same(exported, tmp_path):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
@@ -150,16 +150,17 @@ def test_real_peft_loads_it_and_computes_the_same(exported, tmp_path):
     assert np.abs(logits(theirs) - ours).max() <= 2e-3
     assert np.abs(base - ours).max() > 0.1
     # Written again by PEFT, and read again by us: the same bits.
-    theirs.save_pretrained(tmp_path / "again")
-    for name in ("adapter_model.safetensors",):
-        written, rewritten = (load_file(folder / name) for folder in (directory, tmp_path / "again"))
-        assert written.keys() == rewritten.keys()
-        for key in written:
-            np.testing.assert_array_equal(written[key], rewritten[key])
+    theirs.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    written, rewritten = (load_file(folder / "adapter_model.safetensors") for folder in (directory, tmp_path / "again"))
+    assert written.keys() == rewritten.keys()
+    for key in written:
+        np.testing.assert_array_equal(written[key], rewritten[key])
     other = load_model("smollm2-135m")
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert inject_peft(tmp_path / "again", other, config["base_model_name_or_path"] or "any", huggingface_module) == 60
-    jax.tree.map(np.testing.assert_array_equal, *(nnx.state(m, nnx.LoRAParam).to_pure_dict() for m in (model, other)))
+    for path, module in lora_modules(model).items():
+        np.testing.assert_array_equal(lora_modules(other)[path].lora_a[...], module.lora_a[...])
+        np.testing.assert_array_equal(lora_modules(other)[path].lora_b[...], module.lora_b[...])
     # Merged on both sides.
     merged = np.asarray(tiny.call(merge_lora(other), jnp.asarray(tokens)))
     assert np.abs(logits(theirs.merge_and_unload()) - merged).max() <= 2e-3
