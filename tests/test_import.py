@@ -1,6 +1,5 @@
 """Importing the package is light: JAX and Optax alone."""
 
-import statistics
 import subprocess
 import sys
 import time
@@ -26,10 +25,10 @@ def test_loads_nothing_heavy():
 
 def test_takes_about_as_long_as_jax_and_optax():
     seconds: dict[str, list[float]] = {"import jax, optax": [], "import stable_lora_jax": []}
-    for _ in range(3):
+    for _ in range(5):
         for code, times in seconds.items():
             start = time.perf_counter()
             run(code)
             times.append(time.perf_counter() - start)
-    base, ours = map(statistics.median, seconds.values())
+    base, ours = map(min, seconds.values())  # what else the machine does only ever adds
     assert ours / base <= 1.3, seconds
