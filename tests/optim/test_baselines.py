@@ -221,7 +221,10 @@ def test_rite_trains_where_the_batch_is_smaller_than_the_rank():
     rng = np.random.default_rng(7)
     x, y = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 16), (2, 8)))
     params = {"lora_a": jnp.asarray(rng.normal(size=(16, 8)) / 4, jnp.float32), "lora_b": jnp.zeros((8, 8))}
-    loss = lambda p: jnp.mean((x @ p["lora_a"] @ p["lora_b"] - y) ** 2)  # noqa: E731
+
+    def loss(p):
+        return jnp.mean((x @ p["lora_a"] @ p["lora_b"] - y) ** 2)
+
     tx = lora_rite(1e-2, update_skipping=0.0)
     state, trained, update = tx.init(params), params, jax.jit(tx.update)
     for _ in range(200):

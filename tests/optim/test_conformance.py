@@ -140,7 +140,9 @@ def test_state_keeps_its_structure_under_cond(row):
 
     @jax.jit
     def maybe(take, params, state):
-        step = lambda: tx.update(jax.grad(loss)(params), state, params)  # noqa: E731
+        def step():
+            return tx.update(jax.grad(loss)(params), state, params)
+
         return jax.lax.cond(take, step, lambda: (jax.tree.map(jnp.zeros_like, params), state))
 
     state = tx.init(params)
