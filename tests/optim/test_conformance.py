@@ -80,11 +80,12 @@ def _train(tx, params, loss, steps):
     return params, state
 
 
-def _assert_close(ours, expected):
+def _assert_close(row, ours, expected):
     """Leaf by leaf in the Frobenius norm. LoRA-RITE scales weak directions, and their rounding, up by up to 1000."""
+    tolerance = 5e-3 if "rite" in row else 1e-4
 
     def check(x, y):
-        assert np.linalg.norm(np.float64(x - y)) <= 5e-3 * np.linalg.norm(np.float64(y)) + 1e-7
+        assert np.linalg.norm(np.float64(x - y)) <= tolerance * np.linalg.norm(np.float64(y)) + 1e-7
 
     jax.tree.map(check, ours, expected)
 
@@ -99,7 +100,7 @@ def test_converges(row, problem):
     trained, _ = _train(make(rate), params, loss, 200)
     assert loss(trained) < 0.1 * loss(params)
     if problem == "mixed":
-        np.testing.assert_allclose(trained["v"]["kernel"], params["v"]["kernel"], rtol=1e-1)
+        np.testing.assert_allclose(trained["v"]["kernel"], params["v"]["kernel"], rtol=1e-2)
 
 
 @rows
@@ -114,7 +115,7 @@ def test_jitted_equals_eager_and_compiles_once(row):
         eager = optax.apply_updates(eager[0], updates), state
         updates, state = update(grads, jitted[1], jitted[0])
         jitted = optax.apply_updates(jitted[0], updates), state
-    _assert_close(jitted[0], eager[0])
+    _assert_close(row, jitted[0], eager[0])
     assert update._cache_size() == 1
 
 
@@ -184,7 +185,7 @@ def test_composes_with_multi_steps(row):
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
     updates, state = update(grads, state, params)
     plain = make(rate)
-    _assert_close(updates, jax.jit(plain.update)(grads, plain.init(params), params)[0])
+    _assert_close(row, updates, jax.jit(plain.update)(grads, plain.init(params), params)[0])
 
 
 @rows
@@ -199,7 +200,7 @@ def test_takes_a_schedule_and_an_injected_rate(row):
         states[1].hyperparams["learning_rate"] = schedule(step)
         updates, first = updates_of[0](grads, states[0], params)
         others, second = updates_of[1](grads, states[1], params)
-        _assert_close(updates, others)
+        _assert_close(row, updates, others)
         params, states = optax.apply_updates(params, updates), (first, second)
 
 
@@ -239,7 +240,7 @@ def test_works_masked_and_partitioned(row):
         updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
         assert not updates["v"]["bias"].any()
         got = {"v": {side: updates["v"][side] for side in alone["v"]}}
-        _assert_close(got, expected)
+        _assert_close(row, got, expected)
 
 
 @rows
@@ -272,7 +273,7 @@ def test_vmaps_over_a_batch_of_adapters(row):
     together = jax.jit(jax.vmap(one))(batch, rates)
     for i in range(3):
         alone = jax.jit(one)(jax.tree.map(lambda p, i=i: p[i], batch), rates[i])
-        _assert_close(jax.tree.map(lambda p, i=i: p[i], together), alone)
+        _assert_close(row, jax.tree.map(lambda p, i=i: p[i], together), alone)
 
 
 @rows
@@ -305,7 +306,7 @@ def test_a_pair_in_another_layout_moves_the_same(row, layout):
     moved = jax.tree.map(
         back, jax.jit(three_steps, static_argnums=2)(jax.tree.map(to, plain), jax.tree.map(to, grads), axes)
     )
-    _assert_close(moved, jax.jit(three_steps)(plain, grads))
+    _assert_close(row, moved, jax.jit(three_steps)(plain, grads))
 
 
 @rows
@@ -325,7 +326,7 @@ def test_works_in_an_nnx_optimizer(row):
         step(model, optimizer)
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    _assert_close({"lora_a": model.lora_a[...], "lora_b": model.lora_b[...]}, params)
+    _assert_close(row, {"lora_a": model.lora_a[...], "lora_b": model.lora_b[...]}, params)
 
 
 @rows
