@@ -4,7 +4,9 @@ NEWEST := .venv
 OLDEST := .venv-torch
 OUT := runs/demo
 
-.PHONY: demo test lint bench bench-optimizers clean
+.PHONY: environments demo test lint bench bench-optimizers clean
+
+environments: $(NEWEST)/installed $(OLDEST)/installed
 
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.demo --out $(OUT) $(if $(QUICK),--quick)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 HEAVY = (
     *("transformers", "datasets", "torch", "flax", "tokenizers", "grain", "orbax", "matplotlib", "tyro"),
@@ -24,11 +23,14 @@ def test_loads_nothing_heavy():
 
 
 def test_takes_about_as_long_as_jax_and_optax():
-    seconds: dict[str, list[float]] = {"import jax, optax": [], "import stable_lora_jax": []}
-    for _ in range(5):
-        for code, times in seconds.items():
-            start = time.perf_counter()
-            run(code)
-            times.append(time.perf_counter() - start)
-    base, ours = map(min, seconds.values())  # what else the machine does only ever adds
-    assert ours / base <= 1.3, seconds
+    # In one process and in its own seconds, because what else the machine does would drown the difference.
+    code = """if True:
+        from time import process_time
+        start = process_time()
+        import jax, optax
+        base = process_time()
+        import stable_lora_jax
+        print((process_time() - start) / (base - start))
+    """
+    ratios = [float(run(code)) for _ in range(3)]
+    assert min(ratios) <= 1.3, ratios

@@ -1,4 +1,4 @@
-"""The command line: ``stable-lora train | eval | generate | export | export-plots``."""
+"""The command line: ``stable-lora train | eval | generate | export | export-plots | watch``."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from stable_lora_jax.cli.generate import GenerateConfig, generate_command
     from stable_lora_jax.cli.plots import PlotsConfig, plots_command
     from stable_lora_jax.cli.train import TrainConfig, train_command
+    from stable_lora_jax.cli.watch import WatchConfig, watch_command
 
     commands = {
         TrainConfig: ("train", train_command),
@@ -23,12 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         GenerateConfig: ("generate", generate_command),
         ExportConfig: ("export", export_command),
         PlotsConfig: ("export-plots", plots_command),
+        WatchConfig: ("watch", watch_command),
     }
     try:
         config = tyro.extras.subcommand_cli_from_dict(
             {name: kind for kind, (name, _) in commands.items()},
             prog="stable-lora",
-            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot.",
+            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot, watch.",
             args=arguments,
         )
         result = commands[type(config)][1](config)

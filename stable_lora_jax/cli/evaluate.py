@@ -9,7 +9,7 @@ from typing import Literal
 from flax import nnx
 
 from stable_lora_jax.cli.train import DTYPES, known, known_data
-from stable_lora_jax.data import TASKS, Question, encode_all, load_jsonl, load_task, load_tokenizer
+from stable_lora_jax.data import TASKS, Question, check_fits, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec
 from stable_lora_jax.models import Decoder, huggingface_module, load_model
@@ -58,7 +58,11 @@ def eval_command(config: EvalConfig) -> Evaluation:
     count = min(config.limit or len(questions), len(questions))
     questions = [questions[i * len(questions) // count] for i in range(count)]
     examples = encode_all(load_tokenizer(config.model), questions, config.prompt_format)
-    scores = evaluate(load_with_adapter(config.model, config.adapter, config.dtype), examples, progress=True)
+    if config.output:
+        config.output.open("a").close()  # a place that cannot be written shows before the work is done
+    model = load_with_adapter(config.model, config.adapter, config.dtype)
+    check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
+    scores = evaluate(model, examples, progress=True)
     print(json.dumps(scores.summary(), indent=2))
     if config.output:
         config.output.write_text(json.dumps(scores.summary(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""``stable-lora generate``: continue a text, with or without an adapter."""
+"""``stable-lora generate``: answer or continue a text, with or without an adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,16 @@ from stable_lora_jax.models import stream
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Continue a prompt, printing tokens as they come."""
+    """Answer or continue a prompt, printing tokens as they come."""
 
     prompt: str
-    """The text to continue."""
+    """What to say to a model with a chat template; the text to continue without one."""
     model: str = "smollm2-135m"
     """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file."""
     adapter: Path | None = None
     """A run directory, a PEFT directory or an adapter file."""
+    raw: bool = False
+    """Continue the prompt as it stands, also where the tokenizer has a chat template."""
     max_new_tokens: int = 64
     """Stop after this many tokens, or at the end-of-sequence token."""
     temperature: float = 0.0
@@ -35,14 +37,20 @@ def generate_command(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     model = load_with_adapter(config.model, config.adapter, config.dtype)
     end = tokenizer.eos_token_id
+    if tokenizer.chat_template is None or config.raw:
+        print(config.prompt, end="", flush=True)
+        prompt = tokenizer.encode(config.prompt)
+    else:
+        said = [{"role": "user", "content": config.prompt}]
+        text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        prompt = tokenizer.encode(text, add_special_tokens=False)
     tokens = stream(
-        *(model, tokenizer.encode(config.prompt)),
+        *(model, prompt),
         max_new_tokens=config.max_new_tokens,
         eos_id=end if isinstance(end, int) else None,
         temperature=config.temperature,
         key=jax.random.key(config.seed) if config.temperature > 0 else None,
     )
-    print(config.prompt, end="", flush=True)
     told, ids = "", []
     for token in tokens:
         ids.append(token)

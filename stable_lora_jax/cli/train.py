@@ -1,7 +1,9 @@
 """``stable-lora train``: fine-tune a model on a task, and leave a run directory that says everything about it."""
 
 import json
+import math
 import shutil
+import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +16,7 @@ from stable_lora_jax.data import (
     TASKS,
     Encoded,
     TrainBatches,
+    check_fits,
     encode_all,
     load_jsonl,
     load_task,
@@ -26,6 +29,8 @@ from stable_lora_jax.training import (
     LOSSES,
     METHODS,
     TrainResult,
+    check_intervals,
+    check_logger,
     learning_rate_schedule,
     make_loss,
     make_mesh,
@@ -101,6 +106,8 @@ class TrainConfig:
     """Steps between two records of every pair's norms."""
     save_every: int = 200
     """Steps between two checkpoints."""
+    log: tuple[str, ...] = ()
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb."""
     run_dir: Path | None = None
     """Where the run goes; runs/DATA-METHOD-SEED if not given."""
     resume: bool = False
@@ -113,8 +120,13 @@ class TrainConfig:
         known("loss", self.loss, LOSSES)
         known("dtype", self.dtype, tuple(DTYPES))
         known_data(self.data)
+        for name in self.log:
+            check_logger(name)
+        check_intervals(norms_every=self.norms_every, save_every=self.save_every)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} is below 1. Leave it out to train for whole epochs.")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs={self.epochs} is not a positive number. 1 passes over the data once.")
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}. Choose accumulate "
@@ -128,7 +140,7 @@ class TrainConfig:
 
 
 # How a run is carried out, as opposed to what is computed: may differ when it is resumed.
-_FREE_ON_RESUME = {"resume", "overwrite", "run_dir", "save_every", "norms_every", "mesh", "remat"}
+_FREE_ON_RESUME = {"resume", "overwrite", "run_dir", "save_every", "norms_every", "log", "mesh", "remat"}
 
 
 def train_command(config: TrainConfig) -> TrainResult:
@@ -153,13 +165,14 @@ def train_command(config: TrainConfig) -> TrainResult:
     _check_directory(config)
     dtype = DTYPES[config.dtype]
     model = load_model(config.model, dtype=dtype, param_dtype=dtype, remat=config.remat)
+    check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
     inject_lora(
         *(model, config.rank, config.alpha, config.targets),
         rngs=nnx.Rngs(config.seed),
         use_rslora=config.use_rslora,
         dropout=config.dropout,
     )
-    _prepare_directory(config)  # nothing is deleted before all of the above has been accepted
+    _prepare_directory(config, total)  # nothing is deleted before all of the above has been accepted
     result = train(
         *(model, batches, optimizer),
         loss=make_loss(config.loss, max(len(example.branches) for example in examples)),
@@ -170,6 +183,7 @@ def train_command(config: TrainConfig) -> TrainResult:
         accumulate=config.accumulate,
         norms_every=config.norms_every,
         save_every=config.save_every,
+        loggers=config.log,
         resume=config.resume,
     )
     if result.stopped_by:
@@ -213,6 +227,8 @@ def _described(config: TrainConfig) -> dict[str, object]:
 def _check_directory(config: TrainConfig) -> None:
     """Refuses to overwrite a run unasked, or to resume something else."""
     directory, file, described = config.directory, config.directory / "config.json", _described(config)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"The run directory {directory} is a file. Choose another --run-dir.")
     if config.resume:
         if not file.exists():
             raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
@@ -227,7 +243,7 @@ def _check_directory(config: TrainConfig) -> None:
         )
 
 
-def _prepare_directory(config: TrainConfig) -> None:
+def _prepare_directory(config: TrainConfig, total_steps: int) -> None:
     """Makes a new run's directory and config.json."""
     if config.resume:
         return
@@ -236,8 +252,21 @@ def _prepare_directory(config: TrainConfig) -> None:
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
     versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
-    text = json.dumps({"config": _described(config), "versions": versions}, indent=2)
-    (directory / "config.json").write_text(text + "\n")
+    record = {"config": _described(config), "total_steps": total_steps, "versions": versions, "commit": commit()}
+    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def commit() -> str | None:
+    """Returns the git commit of this package's checkout, with "+" if files differ from it; None outside of one."""
+    where = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # Installed into somebody else's repository, this file is not one of its own.
+        subprocess.run([*where, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        head = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*where, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def known(field: str, value: str, allowed: tuple[str, ...]) -> None:

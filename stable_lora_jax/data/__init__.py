@@ -6,6 +6,7 @@ from stable_lora_jax.data.jsonl import Completion, load_jsonl
 from stable_lora_jax.data.prompts import (
     PROMPT_FORMATS,
     Encoded,
+    check_fits,
     encode_all,
     encode_completion,
     encode_question,
@@ -27,6 +28,7 @@ __all__ = [
     "TrainBatches",
     "bucket",
     "cache_dir",
+    "check_fits",
     "encode_all",
     "encode_completion",
     "encode_question",

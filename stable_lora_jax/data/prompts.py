@@ -8,6 +8,7 @@ A SentencePiece tokenizer may cut differently there; the model then sees the sam
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,23 @@ def format_question(question: Question, prompt_format: str) -> tuple[str, list[s
     letters = _LETTERS[: len(question.choices)]
     listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, question.choices, strict=True))
     return f"Question: {question.question}\n{listed}Answer:", [f" {letter}" for letter in letters]
+
+
+def check_fits(examples: Sequence[Encoded], *, vocab_size: int, max_positions: int) -> None:
+    """Raises ValueError unless a model of so many tokens and positions can read every example."""
+    for index, example in enumerate(examples):
+        largest = max(itertools.chain(example.prefix, *example.branches))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"example {index} holds token {largest}; the model knows 0 to {vocab_size - 1}. The tokenizer belongs "
+                "to another model: use the one that the model came with."
+            )
+        # The last token of a branch is predicted, not read.
+        longest = len(example.prefix) + max(map(len, example.branches)) - 1
+        if longest > max_positions:
+            raise ValueError(
+                f"example {index} takes {longest} positions; the model has {max_positions}. Shorten or remove it."
+            )
 
 
 def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question, prompt_format: str) -> Encoded:

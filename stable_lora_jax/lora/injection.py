@@ -1,5 +1,6 @@
 """Puts LoRA adapters into any Flax NNX model, and folds them back into its weights."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TypeVar
@@ -42,15 +43,15 @@ def inject_lora(
     Args:
       model: holds the Linear layers to adapt, at any depth.
       rank: r >= 1.
-      alpha: the scale is s = alpha / rank.
+      alpha: the scale is s = alpha / rank; > 0.
       targets: "qv", "qkvo" or "qkvogud"; a list of module names or dotted path endings; or a regular expression that
         must match a whole dotted path, e.g. ``r"layers\.mlp\..*"``.
       rngs: random streams for the adapters.
       dtype, use_rslora, dropout, a_init, b_init: as in `LoRALinear`.
 
     Raises:
-      ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed); rank or dropout
-        out of range; the model has adapters already.
+      ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed); rank, alpha or
+        dropout out of range; the model has adapters already.
 
     Example:
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
@@ -58,7 +59,7 @@ def inject_lora(
       >>> model.layers[0].lora_a.shape, model.layers[0].lora_b.shape
       ((8, 2), (2, 16))
     """
-    _check_ranges(rank, dropout)
+    _check_ranges(rank, alpha, dropout)
     if present := lora_modules(model):
         raise ValueError(
             f"The model has LoRA adapters already, at {_listed(present)}. Adapters are not stacked on adapters: call "
@@ -121,7 +122,10 @@ def _matching(linears: dict[str, nnx.Linear], targets: str | Sequence[str]) -> d
     else:
         named = TARGETS[targets] if isinstance(targets, str) else targets
         patterns = {name: rf"(?:.*\.)?{re.escape(name)}" for name in named}
-    found = {name: [path for path in linears if re.fullmatch(pattern, path)] for name, pattern in patterns.items()}
+    try:
+        found = {name: [path for path in linears if re.fullmatch(pattern, path)] for name, pattern in patterns.items()}
+    except re.error as error:
+        raise ValueError(f"LoRA targets {targets!r} are no regular expression ({error}).") from error
     if missing := [name for name, paths in found.items() if not paths] or ([] if found else ["(no target)"]):
         raise ValueError(
             f"LoRA targets {missing} match no Linear layer. The model's Linear layers are {_listed(linears)}. Targets "
@@ -146,9 +150,11 @@ def _child(node: nnx.Module, key: str) -> nnx.Module:
     return node[int(key)] if isinstance(node, nnx.List) else getattr(node, key)
 
 
-def _check_ranges(rank: int, dropout: float) -> None:
+def _check_ranges(rank: int, alpha: float, dropout: float) -> None:
     if rank < 1:
         raise ValueError(f"rank={rank} is not a positive integer. LoRA ranks are 1 or more; 8 is a usual choice.")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha} is not a positive number. The adapter's scale is alpha / rank; 16 is usual.")
     if not 0 <= dropout < 1:
         raise ValueError(
             f"dropout={dropout} is not in [0, 1). It is the fraction of inputs dropped; 0 switches it off."

@@ -48,7 +48,7 @@ def load_model(
 
     Raises:
         ValueError: the name is unknown, the model is not supported, a file is damaged, or tensors are missing,
-            unexpected or of the wrong shape.
+            unexpected, of the wrong shape or not finite.
         FileNotFoundError: a directory lacks a file.
         ConnectionError: the hub did not give the model.
     """
@@ -61,7 +61,13 @@ def load_model(
     _check_tensors(checkpoint, params, names)
     # Largest tensors first: what is briefly held twice is then held while the model is still small.
     for path in sorted(params, key=lambda path: -params[path].size // len(names[path])):
-        params[path].set_value(_read_param(checkpoint, path, names[path], params[path]))
+        value = _read_param(checkpoint, path, names[path], params[path])
+        if not _all_finite(value):
+            raise ValueError(
+                f"The model's {path} holds NaN or infinity; weights are finite numbers; fetch the file again, or load "
+                "it in a wider dtype."
+            )
+        params[path].set_value(value)
     return decoder
 
 
@@ -143,3 +149,8 @@ def _read_param(checkpoint: Checkpoint, path: str, names: list[str], param: nnx.
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_layer(stacked: jax.Array, value: ArrayLike, layer: ArrayLike) -> jax.Array:
     return stacked.at[layer].set(jnp.asarray(value, stacked.dtype))
+
+
+@jax.jit
+def _all_finite(value: jax.Array) -> jax.Array:
+    return jnp.isfinite(value).all()

@@ -5,15 +5,16 @@ stored transposed, so that long rows are contiguous, and all pairs of one shape,
 one array (k, r, rows), at least float32. Everything expensive about a pair happens in r dimensions, r being 8 or so:
 these small problems of all factors are concatenated and solved as one batch (`in_one_call`).
 
-LAPACK is called once a matrix, with an overhead that is larger than an 8 x 8 problem, and it is slow or missing on
-accelerators. Two of its routines are therefore avoided, both by r elementwise steps over the whole batch:
-  * the inverse of a symmetric matrix is swept: Gauss-Jordan without exchanges, which is stable for a positive matrix. A
-    vanishing pivot is left out, so a singular matrix gives no NaN.
-  * orthonormal columns come from a Cholesky factor of the Gram matrix XᵀX instead of a QR of X ("CholeskyQR2"). That
-    squares the condition number κ of X (with its columns scaled to length one), so it is done twice: the second Gram
-    matrix is close to the identity, and corrects what the first has lost. The columns are orthonormal within a few
-    units of rounding; a column that depends on those before it by more than 1 - r eps (κ above about 1000 in float32,
-    2e7 in float64) is left out, where a QR would return a direction made of rounding errors.
+LAPACK's QR is called once a matrix, with an overhead that is larger than an 8 x 8 problem, and its Cholesky gives NaN
+for a singular matrix. Inverses and orthonormal columns both come from one routine instead (`_inverse_root`), a Cholesky
+factor of all Gram matrices at once, in r elementwise steps over the whole batch, and in blocks beyond r = 16. A
+vanishing pivot is left out, so a singular matrix gives no NaN.
+
+Orthonormal columns from the Gram matrix XᵀX instead of a QR of X ("CholeskyQR2") square the condition number κ of X
+(with its columns scaled to length one), so it is done twice: the second Gram matrix is close to the identity, and
+corrects what the first has lost. The columns are orthonormal within a few units of rounding; a column that depends on
+those before it by more than 1 - r eps (κ above about 1000 in float32, 2e7 in float64) is left out, where a QR would
+return a direction made of rounding errors.
 """
 
 import math
@@ -26,8 +27,8 @@ from jaxtyping import Array, Float
 
 from stable_lora_jax.optim.pairs import Pair
 
-# Loops over up to this many columns are unrolled, which lets the compiler fuse their steps.
-_UNROLLED = 16
+# Up to this many columns, loops over them are unrolled, which lets the compiler fuse their steps.
+_SMALL = 16
 
 
 def alike(pairs: Sequence[Pair], leaves: Sequence[Array]) -> list[list[Pair]]:
@@ -83,6 +84,9 @@ def gram(x: Float[Array, "k r rows"], y: Float[Array, "k r rows"]) -> Float[Arra
 
 def times(x: Float[Array, "k r rows"], t: Float[Array, "k r r"]) -> Float[Array, "k r rows"]:
     """Returns X T, in full precision also where products default to less."""
+    rank = x.shape[1]
+    if rank <= _SMALL:  # a sum that the compiler fuses with what is done before and after
+        return sum((t[:, i, :, None] * x[:, i, None, :] for i in range(rank)), jnp.zeros((), x.dtype))
     return jnp.einsum("kin,kij->kjn", x, t, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -117,22 +121,9 @@ def in_one_call(function: Callable[..., Any], *columns: Sequence[Array]) -> list
 
 
 def inverse(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
-    """Returns the inverses of symmetric positive matrices; what is singular within rounding is inverted to 0."""
-    rank = grams.shape[-1]
-    floor = rank * jnp.finfo(grams.dtype).eps * jnp.max(jnp.diagonal(grams, axis1=-2, axis2=-1), axis=-1)
-    axis = jnp.arange(rank)
-
-    def sweep(i: Array, x: Array) -> Array:
-        column, pivot = _at(x, i), _at(_at(x, i), i)
-        usable = pivot > floor
-        reciprocal = jnp.where(usable, 1 / jnp.where(usable, pivot, 1), 0)[:, None]
-        scaled = column * reciprocal
-        here, there = axis == i, (axis == i)[:, None]
-        swept = x - column[:, :, None] * scaled[:, None, :]
-        swept = jnp.where(here & there, -reciprocal[:, :, None], jnp.where(here, scaled[:, :, None], swept))
-        return jnp.where(there & ~here, scaled[:, None, :], swept)
-
-    return -_for_each_column(rank, sweep, grams)
+    """Returns the inverses of symmetric positive matrices; directions that depend on others are inverted to 0."""
+    root = _inverse_root(grams)
+    return product(root, transpose(root))
 
 
 def orthonormalizers(
@@ -149,32 +140,36 @@ def orthonormalizers(
     return maps, [times(u, c) for u, c in zip(nearly, second, strict=True)]
 
 
-def _inverse_root(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
-    """Returns the upper triangular T with TᵀGT = I, from G = LLᵀ and T = L⁻ᵀ; columns of dependent directions are 0."""
-    rank = grams.shape[-1]
-    smallest = rank * jnp.finfo(grams.dtype).eps * jnp.diagonal(grams, axis1=-2, axis2=-1)
-    done = jnp.arange(rank)[:, None]
+def _inverse_root(grams: Float[Array, "k r r"], smallest: Float[Array, "k r"] | None = None) -> Float[Array, "k r r"]:
+    """Returns the upper triangular T with TᵀGT = I, from G = LLᵀ and T = L⁻ᵀ; columns of dependent directions are 0.
 
-    def eliminate(j: Array, rows: Array) -> Array:
-        row = _at(rows, j)
-        pivot = _at(row, j)
-        kept = pivot > _at(smallest, j)
+    Args:
+      grams: G, symmetric and not negative.
+      smallest: what a pivot must be above for its direction to count as independent; r eps times its start if None.
+    """
+    rank = grams.shape[-1]
+    if smallest is None:
+        smallest = rank * jnp.finfo(grams.dtype).eps * jnp.diagonal(grams, axis1=-2, axis2=-1)
+    if rank > _SMALL:
+        # With G = [[P, Q], [Qᵀ, R]]: the root of P, and that of R less what P explains of it.
+        half = rank // 2
+        upper = _inverse_root(grams[:, :half, :half], smallest[:, :half])
+        shared = product(transpose(upper), grams[:, :half, half:])
+        rest = grams[:, half:, half:] - product(transpose(shared), shared)
+        lower = _inverse_root(rest, smallest[:, half:])
+        corner = -product(product(upper, shared), lower)
+        return jnp.block([[upper, corner], [jnp.zeros_like(transpose(corner)), lower]])
+    # Elimination turns (G | I) into (Lᵀ | L⁻¹), row by row.
+    rows = jnp.concatenate([grams, jnp.broadcast_to(jnp.eye(rank, dtype=grams.dtype), grams.shape)], axis=-1)
+    done = jnp.arange(rank)[:, None]
+    for j in range(rank):
+        row = rows[:, j]
+        pivot = row[:, j]
+        kept = pivot > smallest[:, j]
         row = row * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, pivot, 1)), 0)[:, None]
         below = rows - row[:, :rank, None] * row[:, None, :]
-        return jnp.where(done < j, rows, jnp.where(done == j, row[:, None, :], below))
-
-    # Elimination turns (G | I) into (Lᵀ | L⁻¹), row by row.
-    start = jnp.concatenate([grams, jnp.broadcast_to(jnp.eye(rank, dtype=grams.dtype), grams.shape)], axis=-1)
-    return transpose(_for_each_column(rank, eliminate, start)[:, :, rank:])
-
-
-def _for_each_column(rank: int, step: Callable[[Array, Array], Array], start: Array) -> Array:
-    return jax.lax.fori_loop(0, rank, step, start, unroll=rank <= _UNROLLED)
-
-
-def _at(x: Array, index: Array) -> Array:
-    """Returns x[:, index]."""
-    return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
+        rows = jnp.where(done < j, rows, jnp.where(done == j, row[:, None, :], below))
+    return transpose(rows[:, :, rank:])
 
 
 def _order(leaf: Array, pair: Pair, side: int) -> tuple[int, ...]:

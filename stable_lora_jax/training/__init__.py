@@ -1,7 +1,8 @@
 """Training of adapters: methods, losses, the step, and the loop around it."""
 
 from stable_lora_jax.training.checkpoints import Checkpoints, checkpoints
-from stable_lora_jax.training.loop import NonFiniteLossError, TrainResult, train
+from stable_lora_jax.training.loggers import LOGGERS, check_logger
+from stable_lora_jax.training.loop import NonFiniteLossError, TrainResult, check_intervals, train
 from stable_lora_jax.training.loss import LOSSES, Loss, make_loss
 from stable_lora_jax.training.methods import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
 from stable_lora_jax.training.metrics import MetricsFile, read_metrics, stop_steps
@@ -18,6 +19,7 @@ from stable_lora_jax.training.step import (
 )
 
 __all__ = [
+    "LOGGERS",
     "LOSSES",
     "METHODS",
     "SCHEDULES",
@@ -29,6 +31,8 @@ __all__ = [
     "StepMetrics",
     "TrainResult",
     "TrainState",
+    "check_intervals",
+    "check_logger",
     "checkpoints",
     "compile_step",
     "init_state",

@@ -3,8 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from stable_lora_jax.data import Batch, TrainBatches, prefetch
 from stable_lora_jax.optim import LoraRiteState, StableLoraState, lora_rite_report, stability, stable_lora_shrink
 from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training.checkpoints import checkpoints
+from stable_lora_jax.training.loggers import Logger, make_logger
 from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.metrics import MetricsFile
 from stable_lora_jax.training.sharding import batch_sharding, check_rows, make_mesh, replicated
@@ -53,6 +54,7 @@ def train(
     norms_every: int = 10,
     save_every: int = 200,
     keep: int = 2,
+    loggers: Sequence[str] = (),
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -74,13 +76,16 @@ def train(
       norms_every: steps between two records of all pairs' norms.
       save_every: steps between two checkpoints.
       keep: checkpoints kept.
+      loggers: what gets the metrics besides the file, by name; see `LOGGERS`.
       resume: go on from the newest checkpoint in `run_dir`.
       progress: show a progress bar.
 
     Raises:
       NonFiniteLossError: see above.
-      ValueError: nothing to resume from, checkpoints of another run in `run_dir`, or a mesh that does not divide.
+      ValueError: nothing to resume from, checkpoints of another run in `run_dir`, a mesh that does not divide, or a
+        number of steps below 1.
     """
+    check_intervals(total_steps=total_steps, norms_every=norms_every, save_every=save_every)
     mesh = mesh or make_mesh()
     graph, adapters, frozen = split_model(model)
     frozen = jax.device_put(frozen, place(mesh, frozen))
@@ -97,8 +102,12 @@ def train(
         start = int(state.step)
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
         bar = tqdm(total=total_steps, initial=start, desc="train", unit="step", disable=not progress)
-        with bar, closing(MetricsFile(run_dir / "metrics.jsonl", start)) as file:
-            record = _Record(file, bar, learning_rate, saved.latest_step, _flags(state.opt_state))
+        with bar, ExitStack() as opened:
+            files = [MetricsFile(run_dir / "metrics.jsonl", start)]
+            files += [make_logger(name, run_dir, start) for name in loggers]
+            for file in files:
+                opened.enter_context(closing(file))
+            record = _Record(files, bar, learning_rate, saved.latest_step, _flags(state.opt_state))
             if not start:
                 record.norms(state)
             for index, batch in prefetch(batches, start, total_steps):
@@ -119,11 +128,18 @@ def train(
     return TrainResult(int(state.step), stop[0] if stop else None, record.loss)
 
 
+def check_intervals(**steps: int) -> None:
+    """Raises ValueError, with its name, for a number of steps below 1."""
+    for name, count in steps.items():
+        if count < 1:
+            raise ValueError(f"{name}={count} is below 1. Count steps from 1.")
+
+
 @dataclass
 class _Record:
     """Writes metrics one step late, so that the device is already busy with the next step when they are fetched."""
 
-    file: MetricsFile
+    files: Sequence[Logger]
     bar: tqdm
     learning_rate: optax.Schedule
     latest_checkpoint: Callable[[], int | None]
@@ -153,7 +169,7 @@ class _Record:
         now = time.perf_counter()
         rate, self._last = tokens / (now - self._last), now
         pairs, stable = self._flags(step, metrics)
-        self.file.write(
+        self._write(
             step=step,
             loss=self.loss,
             grad_norm=grad_norm,
@@ -166,21 +182,25 @@ class _Record:
         self.bar.set_postfix({"loss": f"{self.loss:.3f}", "tok/s": f"{rate:.0f}", **told}, refresh=False)
         self.bar.update()
 
+    def _write(self, **values: object) -> None:
+        for file in self.files:
+            file.write(**values)
+
     def norms(self, state: TrainState) -> None:
         """Writes norms and gap of every pair."""
         self.flush()
         report = jax.device_get(_norms(state))
         norms = {name: {"norm_a": pair.norm_a, "norm_b": pair.norm_b, "gap": pair.gap} for name, pair in report.items()}
-        self.file.write(step=int(state.step), norms=norms)
+        self._write(step=int(state.step), norms=norms)
         if find_states(state.opt_state, LoraRiteState):
-            self.file.write(step=int(state.step), lora_rite=jax.device_get(lora_rite_report(state.opt_state))._asdict())
+            self._write(step=int(state.step), lora_rite=jax.device_get(lora_rite_report(state.opt_state))._asdict())
 
     def _flags(self, step: int, metrics: StepMetrics) -> tuple[int, int]:
         """Writes which matrices became stable in this step; returns how many there are and how many are stable."""
         flags = {name: np.asarray(flag) for name, flag in metrics.stable.items()}
         for name, flag in flags.items():
             for index in np.argwhere(flag & ~self._stable[name]):
-                self.file.write(step=step, pair=name, index=index, stable=True)
+                self._write(step=step, pair=name, index=index, stable=True)
         self._stable = flags
         return sum(flag.size for flag in flags.values()), int(sum(flag.sum() for flag in flags.values()))
 

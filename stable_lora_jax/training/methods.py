@@ -1,8 +1,11 @@
 """The fine-tuning methods by name, each an Optax transformation."""
 
+import math
+
 import optax
 
 from stable_lora_jax.optim import lora_plus, lora_rite, riemannian_adamw, stable_lora_shrink
+from stable_lora_jax.optim.hyperparameters import check_range
 
 METHODS = ("adamw", "stable-lora", "lora-plus", "riemannian", "lora-rite")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -12,14 +15,15 @@ def learning_rate_schedule(peak: float, total_steps: int, warmup_steps: int, kin
     """Returns the learning rate by step: linear from 0 to `peak` over the warm-up, then down to 0, or constant.
 
     Args:
-      peak: the largest learning rate, > 0.
+      peak: the largest learning rate, >= 0.
       total_steps: steps of the whole run, warm-up included.
       warmup_steps: in [0, total_steps).
       kind: "cosine", "linear" or "constant".
 
     Raises:
-      ValueError: an unknown kind, or a warm-up as long as the run.
+      ValueError: an unknown kind, a warm-up as long as the run, a rate that is negative or not finite.
     """
+    check_range("learning_rate", peak, 0, math.inf, "It is the largest rate of the schedule, e.g. 5e-4.")
     if kind not in SCHEDULES:
         raise ValueError(f"schedule={kind!r} is unknown. Known schedules: {', '.join(SCHEDULES)}.")
     if not 0 <= warmup_steps < total_steps:
@@ -61,8 +65,11 @@ def make_optimizer(
       clip_norm: largest global norm of the gradients, > 0.
 
     Raises:
-      ValueError: an unknown method (the known ones are listed); λ or ratio out of range.
+      ValueError: an unknown method (the known ones are listed); a number out of range.
     """
+    check_range("weight_decay", weight_decay, 0, math.inf, "0 switches it off.")
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm={clip_norm} is not above 0. Give inf to clip nothing.")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Known methods: {', '.join(METHODS)}.")
     clip = optax.clip_by_global_norm(clip_norm)

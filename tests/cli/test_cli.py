@@ -107,61 +107,6 @@ def test_export_plots(finished, tmp_path, capsys):
     assert (out / "losses.svg").stat().st_size
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        (["--method", "x"], ["method='x'", "adamw", "stable-lora"]),
-        (["--data", "x"], ["data='x'", "arc_easy", "hellaswag", ".jsonl"]),
-        (["--model", "x"], ["'x'", "smollm2-135m"]),
-        (["--loss", "x"], ["loss='x'", "answer", "choices"]),
-        (["--prompt-format", "x"], ["'x'", "cloze", "letter"]),
-        (["--schedule", "x"], ["schedule='x'", "cosine", "linear", "constant"]),
-        (["--mesh", "x=2"], ["mesh='x=2'", "data=4,fsdp=2,tensor=1"]),
-        (["--mesh", "data=9"], ["data=9", "there are 8"]),
-        (["--mesh", "data=2,data=4"], ["mesh='data=2,data=4'"]),
-        (["--dtype", "x"], ["dtype='x'", "float32", "bfloat16"]),
-        (["--source", "x"], ["wheel", "hub"]),
-        (["--targets", "x"], ["x", "qkvo", "q_proj"]),
-        (["--accumulate", "3"], ["batch_size=4", "accumulate=3"]),
-        (["--steps", "0"], ["steps=0"]),
-        (["--warmup", "1.0"], ["warmup_steps=6"]),
-        (["--mesh", "data=8"], ["batch of 4 rows", "data=8"]),
-    ],
-)
-def test_train_refuses_and_keeps_what_was_there(train_flags, tmp_path, capsys, flags, told):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "precious").write_text("adapter")
-    before = snapshot(run)
-    assert code_of([*train_flags, "--steps", 6, "--overwrite", "--run-dir", run, *flags]) == 2
-    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    for word in told:
-        assert word in message
-    assert snapshot(run) == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        (["eval", "--data", "x"], ["data='x'", "arc_easy", "hellaswag"]),
-        (["eval", "--split", "x"], ["split 'x'", "train, validation, test"]),
-        (["eval", "--dtype", "x"], ["dtype='x'", "float32"]),
-        (["eval", "--limit", "0"], ["limit=0"]),
-        (["eval", "--model", "x"], ["'x'", "smollm2-135m"]),
-        (["generate", "--prompt", "a", "--model", "x"], ["'x'", "smollm2-135m"]),
-        (["export-plots"], ["no run directory"]),
-        (["export-plots", "x"], ["x holds no metrics.jsonl"]),
-        (["export-plots", "x", "--file-format", "gif"], ["file_format='gif'", "png, svg, pdf"]),
-        (["x"], ["train", "eval", "generate", "export-plots"]),
-    ],
-)
-def test_other_commands_refuse(capsys, flags, told):
-    assert code_of(flags) == 2
-    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    for word in told:
-        assert word in message
-
-
 def test_a_run_is_not_touched_without_resume_or_overwrite(train_flags, finished, capsys):
     before = snapshot(finished)
     assert code_of([*train_flags, "--steps", 6, "--run-dir", finished]) == 2

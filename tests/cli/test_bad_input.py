@@ -1,0 +1,242 @@
+"""Every bad input ends with exit code 2 and a message that says what came, and leaves everything as it was."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from stable_lora_jax.cli import main
+
+QUESTION = {"question": "1+1?", "choices": ["02", "03"], "answer_index": 0}
+COMPLETION = {"prompt": "1+1?", "completion": "2"}
+
+
+def refuse(capsys, arguments) -> str:
+    """Runs a command that must be refused, and returns what it told."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as error:  # the parser's own refusal
+        code = error.code
+    assert code == 2
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "Traceback" not in told
+    assert len(told) > 20
+    return told
+
+
+def snapshot(directory: Path) -> dict[Path, Any]:
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+@pytest.fixture
+def flags(model_dir, data_file, tmp_path):
+    """A training that would replace the run in tmp_path/run, if it were not refused."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "precious").write_text("adapter")
+    return [
+        *("train", "--model", model_dir, "--data", data_file, "--rank", 2, "--batch-size", 4, "--steps", 6),
+        *("--overwrite", "--run-dir", run),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        # names
+        ("--method x", "method='x' is unknown. Known: adamw, stable-lora, lora-plus, riemannian, lora-rite"),
+        ("--data x", "data='x' is unknown. Known: arc_easy"),
+        ("--data x.csv", "data='x.csv' is unknown"),
+        ("--data none.jsonl", "No such file or directory: 'none.jsonl'"),
+        ("--model x", "no tokenizer 'x': allowed are 'smollm2-135m', an existing .gguf file"),
+        ("--loss x", "loss='x' is unknown. Known: answer, choices"),
+        ("--prompt-format x", "unknown prompt format 'x'; known: cloze, letter"),
+        ("--schedule x", "schedule='x' is unknown. Known schedules: cosine, linear, constant"),
+        ("--dtype x", "dtype='x' is unknown. Known: float32, bfloat16"),
+        ("--source x", "wheel"),
+        ("--targets x", "LoRA targets ['x'] match no Linear layer"),
+        ("--targets (", "LoRA targets '(' are no regular expression"),
+        ("--nonsense 1", "--nonsense"),
+        ("--steps many", "many"),
+        # numbers
+        ("--lam 1.0", "lam=1.0 is not in [0, 1)"),
+        ("--lam -0.1", "lam=-0.1 is not in [0, 1)"),
+        ("--lam nan", "lam=nan is not in [0, 1)"),
+        ("--method lora-plus --ratio 0.5", "ratio=0.5 is not in [1, inf)"),
+        ("--learning-rate -1", "learning_rate=-1.0 is not in [0, inf)"),
+        ("--learning-rate nan", "learning_rate=nan is not in [0, inf)"),
+        ("--weight-decay -1", "weight_decay=-1.0 is not in [0, inf)"),
+        ("--clip-norm 0", "clip_norm=0.0 is not above 0"),
+        ("--warmup 1.0", "warmup_steps=6 is not in [0, total_steps=6)"),
+        ("--warmup -1", "warmup_steps=-6 is not in [0, total_steps=6)"),
+        ("--rank 0", "rank=0 is not a positive integer"),
+        ("--alpha 0", "alpha=0.0 is not a positive number"),
+        ("--alpha inf", "alpha=inf is not a positive number"),
+        ("--dropout 1.0", "dropout=1.0 is not in [0, 1)"),
+        ("--seed -1", "seed is -1; allowed are integers from 0"),
+        ("--steps 0", "steps=0 is below 1"),
+        ("--epochs 0", "epochs=0.0 is not a positive number"),
+        ("--batch-size 0", "batch_size is 0; allowed are 1 to the number of examples, 24"),
+        ("--batch-size 25", "batch_size is 25; allowed are 1 to the number of examples, 24"),
+        ("--accumulate 3", "batch_size=4 is not a multiple of accumulate=3"),
+        ("--accumulate 0", "batch_size=4 is not a multiple of accumulate=0"),
+        ("--max-length 4", "takes 24 tokens; max_length allows 4"),
+        ("--save-every 0", "save_every=0 is below 1"),
+        ("--norms-every 0", "norms_every=0 is below 1"),
+        # devices
+        ("--mesh x=2", "mesh='x=2' is not understood at 'x=2'. Write e.g. data=4,fsdp=2,tensor=1"),
+        ("--mesh data=2,data=4", "mesh='data=2,data=4' is not understood at 'data=4'"),
+        ("--mesh data=0", "data=0, fsdp=1, tensor=1 needs 0 devices"),
+        ("--mesh data=9", "needs 9 devices; there are 8"),
+        ("--mesh data=8", "A batch of 4 rows does not split evenly over data=8"),
+    ],
+)
+def test_arguments(flags, tmp_path, capsys, changes, told):
+    before = snapshot(tmp_path)
+    assert told in refuse(capsys, [*flags, *changes.split()])
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([], "holds no line; at least one is needed"),
+        ([QUESTION, "{'question': 1}"], "line 2: invalid JSON"),
+        ([QUESTION, b"\xff\xfe"], "line 2: invalid JSON"),
+        ([QUESTION, [1]], "line 2: a JSON list, not an object"),
+        ([QUESTION, COMPLETION], "line 2: a completion, but the lines before hold another kind"),
+        ([QUESTION | {"answer_index": 2}], "line 1: answer_index is 2, but the choices are 0 to 1"),
+        ([QUESTION | {"answer_index": "0"}], "line 1: answer_index is '0', not of type int"),
+        ([QUESTION | {"choices": ["02"]}], "line 1: 1 choices, but at least 2 are needed"),
+        ([QUESTION | {"choices": ["02", ""]}], "line 1: choice 1 is '', not a text"),
+        ([QUESTION | {"label": 0}], "line 1: unknown field label"),
+        ([{"prompt": "1+1?"}], "line 1: missing field completion"),
+        ([QUESTION] * 3, "batch_size is 4; allowed are 1 to the number of examples, 3"),
+        ([QUESTION | {"question": 300 * "1"}] * 4, "takes 320 positions; the model has 256"),
+    ],
+)
+def test_data_files(flags, tmp_path, capsys, lines, told):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(
+        b"\n".join(x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines)
+    )
+    before = snapshot(tmp_path)
+    assert told in refuse(capsys, [*flags, "--data", file])
+    assert snapshot(tmp_path) == before
+
+
+def without_configuration(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def without_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def of_another_architecture(model: Path) -> None:
+    change_configuration(model, architectures=["GPT2LMHeadModel"])
+
+
+def with_another_width(model: Path) -> None:
+    change_configuration(model, intermediate_size=41)
+
+
+def with_a_small_vocabulary(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    small = {name: x[:40] if "embed" in name or "lm_head" in name else x for name, x in tensors.items()}
+    save_file({name: np.ascontiguousarray(x) for name, x in small.items()}, model / "model.safetensors")
+    change_configuration(model, vocab_size=40)
+
+
+def cut_short(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def with_nan(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, model / "model.safetensors")
+
+
+def without_a_tensor(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors")
+
+
+def without_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+def change_configuration(model: Path, **changes: Any) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (without_configuration, "config.json does not exist"),
+        (without_weights, "model.safetensors"),
+        (of_another_architecture, "GPT2LMHeadModel"),
+        (with_another_width, "the configuration asks for"),
+        (with_a_small_vocabulary, "the model knows 0 to 39. The tokenizer belongs to another model"),
+        (cut_short, "model.safetensors"),
+        (with_nan, "The model's norm.scale holds NaN or infinity"),
+        (without_a_tensor, "lacks 1 tensors: model.norm.weight"),
+        (without_tokenizer, "tokenizer"),
+    ],
+)
+def test_models(flags, model_dir, tmp_path, capsys, damage: Callable[[Path], None], told):
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    damage(model)
+    before = snapshot(tmp_path)
+    assert told in refuse(capsys, [*flags, "--model", model])
+    assert snapshot(tmp_path) == before
+
+
+def test_places(flags, tmp_path, model_dir, data_file, capsys):
+    (tmp_path / "file").write_text("mine")
+    before = snapshot(tmp_path)
+    start = [flag for flag in flags if flag != "--overwrite"]
+    assert "is not empty. Go on with --resume" in refuse(capsys, start)
+    assert "no run to resume in" in refuse(capsys, [*start, "--resume", "--run-dir", tmp_path / "none"])
+    assert "is a file" in refuse(capsys, [*start, "--run-dir", tmp_path / "file"])
+    assert "file" in refuse(capsys, [*start, "--run-dir", tmp_path / "file" / "run"])
+    score = ["eval", "--model", model_dir, "--data", data_file]
+    assert "none/scores.json" in refuse(capsys, [*score, "--output", tmp_path / "none" / "scores.json"])
+    assert "no adapter file" in refuse(capsys, [*score, "--adapter", tmp_path / "none"])
+    assert "not a readable safetensors file" in refuse(capsys, [*score, "--adapter", tmp_path / "file"])
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("eval --data x", "data='x' is unknown"),
+        ("eval --split x", "split 'x'"),
+        ("eval --dtype x", "dtype='x' is unknown"),
+        ("eval --limit 0", "limit=0 is below 1"),
+        ("eval --model x", "no tokenizer 'x'"),
+        ("generate --prompt a --model x", "no tokenizer 'x'"),
+        ("generate --prompt a --model MODEL --max-new-tokens 0", "max_new_tokens=0 after a prompt of 1"),
+        ("generate --prompt a --model MODEL --max-new-tokens 256", "positions allow 1 to 255"),
+        ("generate --prompt a --model MODEL --temperature -1", "temperature=-1.0"),
+        ("export x y", "no adapter file"),
+        ("export x y --format gguf", "format='gguf' is unknown. Known formats: peft"),
+        ("export-plots", "no run directory"),
+        ("export-plots x", "x holds no metrics.jsonl"),
+        ("export-plots x --file-format gif", "file_format='gif' is unknown. Known: png, svg, pdf"),
+        ("x", "train, eval, generate, export, export-plots"),
+    ],
+)
+def test_other_commands(capsys, model_dir, arguments, told):
+    assert told in refuse(capsys, arguments.replace("MODEL", str(model_dir)).split())

@@ -1,0 +1,71 @@
+"""`stable-lora watch` shows what metrics.jsonl says, in the terminal and on a page that a real browser opens."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from stable_lora_jax.cli import main
+from stable_lora_jax.training import read_metrics, stop_steps
+
+
+@pytest.fixture(scope="module")
+def watched(model_dir, data_file, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "watched <run>"
+    command = ["train", "--model", model_dir, "--data", data_file, "--rank", 2, "--steps", 12, "--run-dir", run]
+    assert main([str(x) for x in [*command, "--learning-rate", "3e-2", "--lam", 0.3, "--batch-size", 4]]) == 0
+    return run
+
+
+def test_terminal_and_page(watched, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    page = tmp_path / "page.html"
+    assert main(["watch", str(watched), "--html", str(page)]) == 0  # ends by itself: the run is finished
+    told, written = capsys.readouterr().out, page.read_text()
+    lines = read_metrics(watched / "metrics.jsonl")
+    stops = stop_steps(lines)
+    assert stops
+    last = [line["norms"] for line in lines if "norms" in line][-1]
+    assert "step 12/12" in told
+    for pair, values in last.items():
+        row = next(line for line in told.splitlines() if pair in line)
+        assert f"{np.median(values['norm_a']):.4g}" in row
+        assert f"{len(stops.get(pair, {}))}/3" in row
+        if pair in stops:
+            steps = sorted(stops[pair].values())
+            assert f"<td>{pair}</td><td>{len(steps)}</td><td>{steps[0]}</td>" in written
+    assert "http-equiv" not in written  # nothing more will come
+    assert not re.search(r"(src|href)=\"http|<script", written)
+
+
+def test_a_running_run(watched, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    assert main(["watch", str(run), "--once"]) == 0
+    assert "has no step yet" in capsys.readouterr().out
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(watched / name, run)
+    assert main(["watch", str(run), "--once", "--html", str(tmp_path / "page.html")]) == 0
+    assert main(["watch", str(tmp_path / "none")]) == 2
+    assert "no run directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_shows_the_page(watched, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["watch", str(watched), "--once", "--html", str(page)]) == 0
+    flags = [
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+        *("--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"),
+    ]
+    shown = subprocess.run(
+        ["chromium", *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    config = json.loads((watched / "config.json").read_text())["config"]
+    assert "<h1>watched &lt;run&gt;</h1>" in shown
+    assert shown.count("<svg") == 2
+    assert f"<td>method</td><td>{config['method']}</td>" in shown
+    assert "Step 12 of 12" in shown
