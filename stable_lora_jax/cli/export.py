@@ -1,4 +1,4 @@
-"""``stable-lora export``: an adapter in the form that PEFT, transformers and vLLM load."""
+"""``stable-lora export``: an adapter, or the model with it folded in, as PEFT, transformers and vLLM load them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,34 +7,43 @@ from typing import Annotated
 import tyro
 
 from stable_lora_jax.cli.evaluate import HUB_NAMES, load_with_adapter
-from stable_lora_jax.lora import read_adapter_spec, save_peft
-from stable_lora_jax.models import huggingface_module
+from stable_lora_jax.cli.train import known
+from stable_lora_jax.data import load_tokenizer
+from stable_lora_jax.lora import merge_lora, read_adapter_spec, save_peft
+from stable_lora_jax.models import huggingface_module, save_huggingface
 
 LARGEST_VLLM_RANK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write an adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors."""
+    """Write an adapter as a PEFT directory, or merged into its base model as a Hugging Face directory."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run directory or an adapter file."""
     out: Annotated[Path, tyro.conf.Positional]
-    """The directory to write; it must not hold an adapter yet."""
+    """The directory to write; it must not hold an adapter or a model yet."""
     format: str = "peft"
-    """peft, the one known form."""
+    """peft (adapter_config.json and adapter_model.safetensors) or merged (the whole model and its tokenizer)."""
     base: str | None = None
-    """What to write as the base model's name; the one the run was trained on if not given."""
+    """peft: what to write as the base model's name; the one the run was trained on if not given."""
+    dtype: str = "float32"
+    """merged: of the weights, float32 or bfloat16."""
 
     def __post_init__(self):
-        if self.format != "peft":
-            raise ValueError(f"format={self.format!r} is unknown. Known formats: peft.")
+        known("format", self.format, ("peft", "merged"))
 
 
 def export_command(config: ExportConfig) -> None:
     """Runs `stable-lora export`; see `ExportConfig`."""
     file = config.run / "adapter.safetensors" if config.run.is_dir() else config.run
     spec = read_adapter_spec(file)
+    if config.format == "merged":
+        model = merge_lora(load_with_adapter(spec.base, file, config.dtype))
+        save_huggingface(config.out, model)
+        load_tokenizer(spec.base).save_pretrained(config.out)
+        print(f"{config.out}: {spec.base} with the adapter folded in")
+        return
     model = load_with_adapter(spec.base, file)
     base = config.base or HUB_NAMES.get(spec.base, spec.base)
     count = save_peft(config.out, model, base, huggingface_module)

@@ -4,7 +4,7 @@ from stable_lora_jax.models.cache import KVCache, init_cache
 from stable_lora_jax.models.config import DecoderConfig, Llama3RopeScaling, config_from_hf
 from stable_lora_jax.models.decoder import Decoder
 from stable_lora_jax.models.generation import generate, stream
-from stable_lora_jax.models.huggingface import huggingface_module
+from stable_lora_jax.models.huggingface import huggingface_module, save_huggingface
 from stable_lora_jax.models.loading import load_model
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "huggingface_module",
     "init_cache",
     "load_model",
+    "save_huggingface",
     "stream",
 ]

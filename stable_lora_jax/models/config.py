@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")  # the second has a bias on q, k and v
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,36 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
             f"config.json: key {error} is missing; a decoder cannot be built without it; "
             "take the config.json that belongs to the weights."
         ) from None
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """What `config_from_hf` reads: the config.json of a decoder, for transformers too."""
+    architecture = _ARCHITECTURES[config.qkv_bias]
+    raw = {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    if (scaling := config.rope_scaling) is not None:
+        raw["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return raw
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Opens a Hugging Face directory: config.json and safetensors files, one or sharded.
+"""Opens and writes a Hugging Face directory: config.json and safetensors files, one or sharded.
 
-The safetensors files are read here rather than by the safetensors package for two reasons: its NumPy interface knows
-no bfloat16, and it maps whole files into memory, which doubles the peak while a large model is loading. The format is
+safetensors files are read here rather than by the safetensors package for two reasons: its NumPy interface knows no
+bfloat16, and it maps whole files into memory, which doubles the peak while a large model is loading. The format is
 8 bytes of header length (little-endian), the header as JSON, then the tensors' bytes.
 """
 
@@ -13,9 +13,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax import nnx
+from safetensors.flax import save_file
 
 from stable_lora_jax.models.checkpoint import Checkpoint
-from stable_lora_jax.models.config import config_from_hf
+from stable_lora_jax.models.config import config_from_hf, config_to_hf
+from stable_lora_jax.models.decoder import Decoder
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _INDEX = "model.safetensors.index.json"
@@ -52,6 +55,33 @@ def open_huggingface(directory: Path) -> Checkpoint:
         tensor_name=_tensor_name,
         read=lambda name: _read_tensor(name, tensors[name]),
     )
+
+
+def save_huggingface(directory: Path, model: Decoder) -> None:
+    """Writes config.json and model.safetensors, as transformers and `open_huggingface` load them.
+
+    Tied embeddings stay tied: there is no lm_head tensor then.
+
+    Args:
+        directory: made if it is missing.
+        model: without adapters.
+
+    Raises:
+        FileExistsError: the directory holds one of the two files.
+    """
+    files = directory / "config.json", directory / "model.safetensors"
+    if present := [file.name for file in files if file.exists()]:
+        raise FileExistsError(f"{directory} holds {' and '.join(present)} already; give a new directory.")
+    tensors = {}
+    for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        path, value = ".".join(map(str, keys)), param[...]
+        layers = enumerate(value) if path.startswith("layers.") else [(None, value)]
+        for layer, matrix in layers:
+            tensors[_tensor_name(path, layer)] = matrix.T if path.endswith(".kernel") else matrix
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, files[1], metadata={"format": "pt"})
+    dtype = model.embed_tokens.embedding.dtype
+    files[0].write_text(json.dumps(config_to_hf(model.config) | {"dtype": str(dtype)}, indent=2) + "\n")
 
 
 def _tensor_name(path: str, layer: int | None) -> str:

@@ -231,7 +231,7 @@ def test_places(flags, tmp_path, model_dir, data_file, capsys):
         ("generate --prompt a --model MODEL --max-new-tokens 256", "positions allow 1 to 255"),
         ("generate --prompt a --model MODEL --temperature -1", "temperature=-1.0"),
         ("export x y", "no adapter file"),
-        ("export x y --format gguf", "format='gguf' is unknown. Known formats: peft"),
+        ("export x y --format gguf", "format='gguf' is unknown. Known: peft, merged"),
         ("export-plots", "no run directory"),
         ("export-plots x", "x holds no metrics.jsonl"),
         ("export-plots x --file-format gif", "file_format='gif' is unknown. Known: png, svg, pdf"),

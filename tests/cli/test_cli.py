@@ -71,6 +71,18 @@ def test_eval_with_and_without_adapter(finished, model_dir, data_file, tmp_path,
     assert json.loads(output.read_text()) == figures[finished]
 
 
+def test_a_merged_export_scores_as_the_adapter_does(finished, model_dir, data_file, tmp_path):
+    assert code_of(["export", finished, tmp_path / "merged", "--format", "merged"]) == 0
+    scores = []
+    for flags in (["--model", model_dir, "--adapter", finished], ["--model", tmp_path / "merged"]):
+        output = tmp_path / "scores.json"
+        assert code_of(["eval", "--data", data_file, "--output", output, *flags]) == 0
+        scores.append(json.loads(output.read_text()))
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+    # A whole model takes nothing else into its directory.
+    assert code_of(["export", finished, tmp_path / "merged", "--format", "merged"]) == 2
+
+
 def test_limit_is_spread_evenly(model_dir, data_file, tmp_path):
     output = tmp_path / "scores.json"
     lines = data_file.read_text().splitlines()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stable_lora_jax.models import generate, load_model
+from stable_lora_jax.models import generate, load_model, save_huggingface
 from tests.models import tiny
 
 torch = pytest.importorskip("torch")
@@ -66,9 +66,19 @@ def test_logits_equal_transformers(tmp_path, family, changes, shard):
     tokens = np.random.default_rng(0).integers(0, 61, (2, 40))
     with torch.no_grad():
         expected = expected_model(torch.asarray(tokens)).logits.numpy()
-    logits = tiny.call(load_model(tmp_path), jnp.asarray(tokens))
+    model = load_model(tmp_path)
+    logits = tiny.call(model, jnp.asarray(tokens))
     assert expected.std() > 0.5
     assert np.abs(logits - expected).max() <= TOLERANCE
+    # Written again, transformers has the same model, tied where it was.
+    save_huggingface(tmp_path / "again", model)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(torch.asarray(tokens)).logits.numpy(), expected)
+    tied = changes.get("tie_word_embeddings", False)
+    assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) == tied
+    with pytest.raises(FileExistsError, match=r"holds config\.json and model\.safetensors already"):
+        save_huggingface(tmp_path / "again", model)
 
 
 def test_greedy_tokens_equal_transformers(tmp_path):
