@@ -18,11 +18,14 @@ class MetricsFile:
     """Appends to a metrics file; on resume, lines after the step resumed from are dropped.
 
     Args:
-      path: the file.
+      path: the file; None writes nothing, as all processes but the first do.
       resume_step: keep existing lines up to this step; 0 starts anew.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0):
+    def __init__(self, path: Path | None, resume_step: int = 0):
+        self._file = None
+        if path is None:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -31,11 +34,13 @@ class MetricsFile:
 
     def write(self, **values: Any) -> None:
         """Appends one line; arrays become lists, non-finite numbers null."""
-        self._file.write(json.dumps(_plain(values)) + "\n")
+        if self._file:
+            self._file.write(json.dumps(_plain(values)) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

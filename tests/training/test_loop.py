@@ -11,6 +11,7 @@ import pytest
 from stable_lora_jax.data import TrainBatches, right_branch_only
 from stable_lora_jax.evaluation import evaluate
 from stable_lora_jax.training import (
+    METHODS,
     NonFiniteLossError,
     checkpoints,
     init_state,
@@ -62,7 +63,7 @@ def lines_without_speed(directory):
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 
-@pytest.mark.parametrize(("method", "dropout"), [("adamw", 0.0), ("stable-lora", 0.0), ("stable-lora", 0.3)])
+@pytest.mark.parametrize(("method", "dropout"), [*((method, 0.0) for method in METHODS), ("stable-lora", 0.3)])
 def test_resumed_equals_uninterrupted(tmp_path, method, dropout):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     model, result = run(whole, method, dropout=dropout)
