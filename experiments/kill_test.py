@@ -12,18 +12,18 @@ checkpoint after every step. The judge reads checkpoints with Orbax alone, not w
 """
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,6 @@ import numpy as np
 import tyro
 
 from experiments.bench_train import machine, versions
-
-# The compiler optimises little, and what it made is found again: starts are what takes the time here.
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +45,9 @@ class KillConfig:
     """Of the moments."""
     out: Path = Path("experiments/results/kill_test.json")
     """The file to write."""
-    worker: Path | None = None
-    """Internal: train in this directory, or go on there."""
-    keep: int = 2
-    """Internal: newest checkpoints kept."""
 
 
 def main(config: KillConfig) -> None:
-    if config.worker:
-        sys.exit(work(config.worker, config.steps, config.keep))
     with tempfile.TemporaryDirectory() as directory:
         result = {"command": " ".join(["python -m experiments.kill_test", *sys.argv[1:]])} | run(
             config, Path(directory)
@@ -101,26 +92,29 @@ def disturbed(run_dir: Path, config: KillConfig, rng: random.Random, judge: "Jud
         kind = signal.SIGTERM if rng.random() < 0.1 else signal.SIGKILL
         if kind is signal.SIGKILL and rng.random() < 0.1:
             moment = "while starting"
-            time.sleep(rng.uniform(0, 4))
+            time.sleep(rng.uniform(0, 2))
         else:
             moment = "while training"
-            wait_until(lambda: bool(new_steps(lines, metrics_lines(run_dir))) or process.poll() is not None)
+            wait_for_new_step(process, run_dir, lines)
             time.sleep(rng.uniform(0, 1))
-        ended = process.poll() is not None
-        process.send_signal(kind)
-        error = process.communicate()[1]
+        ended = not process.is_alive()
+        process.kill() if kind is signal.SIGKILL else process.terminate()
+        process.join()
         counts["resumes_from_the_newest"] += judge.check_resume(run_dir, lines, newest)
-        if process.returncode == 0:
-            break
-        if process.returncode not in (-signal.SIGKILL, 128 + signal.SIGTERM):
-            raise RuntimeError(f"The training ended with {process.returncode}: {error}")
-        if kind is signal.SIGTERM:
-            counts["sigterm_and_saved"] += judge.check_saved(run_dir)
-        elif not ended:
-            counts["sigkill"] += 1
-            counts[f"sigkill {moment}"] += 1
-            counts["sigkill in the middle of a save"] += bool(unfinished(checkpoints) - found)
-            counts["whole_checkpoints_read"] += judge.check_checkpoints(checkpoints)
+        match process.exitcode:
+            case 0:
+                break
+            case -9 if not ended:
+                counts["sigkill"] += 1
+                counts[f"sigkill {moment}"] += 1
+                counts["sigkill in the middle of a save"] += bool(unfinished(checkpoints) - found)
+            case 143:  # 128 + SIGTERM: stopped in the loop
+                counts["sigterm_and_saved"] += judge.check_saved(run_dir)
+            case -15:
+                counts["sigterm outside of the loop"] += 1
+            case code:
+                raise RuntimeError(f"The training ended with {code}.")
+        counts["whole_checkpoints_read"] += judge.check_checkpoints(checkpoints)
     if unfinished(checkpoints) or (checkpoints / "outdated").exists():
         raise RuntimeError(f"Unfinished folders are left: {sorted(path.name for path in checkpoints.iterdir())}.")
     counts["whole_checkpoints_read"] += judge.check_checkpoints(checkpoints)
@@ -132,9 +126,9 @@ class Judge:
 
     def __init__(self, alone: Path, steps: int):
         process = start(alone, steps, keep=steps)
-        error = process.communicate()[1]
-        if process.returncode:
-            raise RuntimeError(f"The undisturbed training ended with {process.returncode}: {error}")
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"The undisturbed training ended with {process.exitcode}.")
         self._alone, self._steps, self.bits = alone, steps, 0
 
     def newest(self, checkpoints: Path) -> int:
@@ -173,19 +167,23 @@ class Judge:
             raise RuntimeError(f"The run ended at {numbered(run_dir / 'checkpoints')} with other losses.")
 
 
-def start(run_dir: Path, steps: int, keep: int = 2) -> subprocess.Popen[str]:
-    """Starts, or goes on with, a training in a process of its own."""
-    command = [sys.executable, "-m", "experiments.kill_test", "--worker", str(run_dir), "--steps", str(steps)]
-    command += ["--keep", str(keep)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "programs")}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+def start(run_dir: Path, steps: int, keep: int = 2) -> BaseProcess:
+    """Starts, or goes on with, a training in a process of its own, which finds its imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.bench_train", "grain", "stable_lora_jax.training"])
+    # The compiler optimises little, and what it made is found again: starts are what takes the time here.
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    process = context.Process(target=work, args=(run_dir, steps, keep))
+    process.start()
+    return process
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not condition() and time.monotonic() < limit:
+def wait_for_new_step(process: BaseProcess, run_dir: Path, before: list[str]) -> None:
+    while process.is_alive() and not new_steps(before, metrics_lines(run_dir)):
         time.sleep(0.002)
 
 
@@ -223,8 +221,9 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def work(run_dir: Path, steps: int, keep: int) -> int:
-    """Trains as `stable-lora train --auto-resume` does, and returns its exit code."""
+def work(run_dir: Path, steps: int, keep: int) -> None:
+    """Trains as `stable-lora train --auto-resume` does, and exits with its code."""
+    import jax
     import jax.numpy as jnp
     from flax import nnx
 
@@ -233,6 +232,7 @@ def work(run_dir: Path, steps: int, keep: int) -> int:
     from stable_lora_jax.models import Decoder, DecoderConfig
     from stable_lora_jax.training import make_loss, make_optimizer, newest_step, train
 
+    jax.config.update("jax_compilation_cache_dir", str(run_dir.parent / "programs"))
     sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_layers": 2, "num_heads": 6}
     shape = DecoderConfig(**sizes, num_kv_heads=2, head_dim=4, rms_norm_eps=1e-5, max_positions=64)
     model = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0)))
@@ -254,7 +254,7 @@ def work(run_dir: Path, steps: int, keep: int) -> int:
         resume=newest_step(run_dir / "checkpoints") is not None,
         progress=False,
     )
-    return 128 + result.stopped_by if result.stopped_by else 0
+    sys.exit(128 + result.stopped_by if result.stopped_by else 0)
 
 
 if __name__ == "__main__":

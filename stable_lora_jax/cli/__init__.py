@@ -8,7 +8,10 @@ import tyro
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 when another process was lost, 2 for a refused input, 128 + n when signal n stopped a training."""
+    """Runs a command and returns its exit code.
+
+    0, 1 when another process was lost, 2 for a refused input, 128 + n when signal n stopped a training.
+    """
     # Only its tokenizers are used; it would warn that PyTorch, which we do not need, is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from stable_lora_jax.cli.evaluate import EvalConfig, eval_command

@@ -108,7 +108,7 @@ class TrainConfig:
     keep: int = 2
     """Newest checkpoints kept."""
     keep_best: bool = False
-    """Keep the checkpoint of lowest training loss too, the mean since the one before: to go back to after a bad turn."""
+    """Keep the checkpoint of lowest training loss too (the mean since the one before), to go back to."""
     run_dir: Path | None = None
     """Where the run goes; runs/DATA-METHOD-SEED if not given."""
     resume: bool = False

@@ -50,13 +50,12 @@ class Checkpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             best_fn=lambda metrics: metrics["loss"],
             best_mode="min",
-            cleanup_tmp_directories=True,
             todelete_subdir=_OUTDATED,
         )
         try:
             if is_first():
                 self._directory.mkdir(parents=True, exist_ok=True)
-            self._delete_outdated()
+            self._delete(f"*{ocp.utils.TMP_DIR_SUFFIX}*", _OUTDATED)
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
             )
@@ -81,7 +80,7 @@ class Checkpoints:
             return
         with self._explained():
             self._manager.wait_until_finished()
-            self._delete_outdated()
+            self._delete(_OUTDATED)
             metrics = None if loss is None else {"loss": loss}
             self._manager.save(step, metrics=metrics, args=ocp.args.StandardSave(_as_dict(state)), force=True)
 
@@ -108,7 +107,10 @@ class Checkpoints:
 
         Raises:
           ValueError: there is none, it belongs to something else than `like` (what differs is named), or it is damaged.
+          CheckpointError: a save under way has failed.
         """
+        with self._explained():
+            self._manager.wait_until_finished()
         step = self.latest_step() if step is None else step
         if step is None:
             raise ValueError(
@@ -134,7 +136,7 @@ class Checkpoints:
         if not self._failed:
             with self._explained():
                 self._manager.wait_until_finished()
-            self._delete_outdated()
+            self._delete(_OUTDATED)
         with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
             self._manager.close()
 
@@ -154,9 +156,9 @@ class Checkpoints:
             "choose another run directory."
         )
 
-    def _delete_outdated(self) -> None:
-        if is_first() and (self._directory / _OUTDATED).is_dir():
-            shutil.rmtree(self._directory / _OUTDATED)
+    def _delete(self, *patterns: str) -> None:
+        for path in (path for pattern in patterns for path in self._directory.glob(pattern) if is_first()):
+            shutil.rmtree(path)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from stable_lora_jax.training import (
     make_mesh,
     make_optimizer,
     newest_step,
+    read_metrics,
     split_model,
 )
 from stable_lora_jax.training.sharding import replicated
@@ -90,21 +91,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert trees_equal(saved.restore(fresh()), at_step(fresh(), 5))
 
 
-def test_a_run_keeps_its_best_checkpoint(tmp_path):
-    """After it the loss rises, as the learning rate is far too high."""
-    run(tmp_path, steps=8, save_every=1, keep=1, keep_best=True)
-    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert 8 in kept
-    assert len(kept) <= 2
-
-
 def test_a_checkpoint_is_the_same_on_every_mesh(tmp_path):
-    run(tmp_path, steps=3, mesh=make_mesh(2, 2, 2))
-    with checkpoints(tmp_path / "checkpoints", 2) as saved:
-        whole = saved.restore(fresh())
+    with checkpoints(tmp_path, 2) as saved:
+        saved.save(jax.device_put(at_step(fresh(), 3), replicated(make_mesh(2, 2, 2))))
         for sizes in ((8, 1, 1), (1, 2, 4), (1, 1, 1)):
-            placed = jax.device_put(fresh(), replicated(make_mesh(*sizes)))
-            assert trees_equal(saved.restore(placed), whole)
+            mesh = make_mesh(*sizes)
+            restored = saved.restore(jax.device_put(fresh(), replicated(mesh)))
+            assert trees_equal(restored, at_step(fresh(), 3))
+            assert restored.step.sharding.device_set == set(mesh.devices.flat)
 
 
 def test_a_failed_save_is_told_at_the_next_look(tmp_path):
@@ -120,16 +114,19 @@ def test_a_failed_save_is_told_at_the_next_look(tmp_path):
     assert snapshot(tmp_path) == before  # the half-written one is gone
 
 
-def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(tmp_path):
-    whole, short = tmp_path / "whole", tmp_path / "short"
-    model, result = run(whole, norms_every=100)
-    run(short, steps=3, norms_every=100)
-    with full_disk(3000), pytest.raises(CheckpointError, match=r"That of step 3 is whole"):
-        run(short, resume=True, save_every=1, norms_every=100)
-    assert newest_step(short / "checkpoints") == 3
-    resumed, again = run(short, resume=True, norms_every=100)
-    assert again == result
-    assert trees_equal(split_model(resumed)[1], split_model(model)[1])
+def test_a_full_disk_ends_a_run_and_leaves_its_newest_and_best_checkpoints(tmp_path):
+    run(tmp_path, steps=6, save_every=1, keep=1, keep_best=True, norms_every=100)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    best = 1 + losses.index(min(losses))
+    kept = {str(best), "6"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == kept
+    before = snapshot(tmp_path / "checkpoints")
+    with full_disk(3000), pytest.raises(CheckpointError, match=r"That of step 6 is whole"):
+        run(tmp_path, steps=40, resume=True, save_every=1, norms_every=100)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) < 40  # told soon, not at the end
+    with checkpoints(tmp_path / "checkpoints", 1, keep_best=True) as saved:
+        assert (saved.latest_step(), saved.best_step()) == (6, best)
+    assert snapshot(tmp_path / "checkpoints") == before
 
 
 def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path):
