@@ -8,7 +8,10 @@ import tyro
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for a refused input, 128 + n when signal n stopped a training."""
+    """Runs a command and returns its exit code.
+
+    0, 1 when another process was lost, 2 for a refused input, 128 + n when signal n stopped a training.
+    """
     # Only its tokenizers are used; it would warn that PyTorch, which we do not need, is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
@@ -17,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from stable_lora_jax.cli.plots import PlotsConfig, plots_command
     from stable_lora_jax.cli.train import TrainConfig, train_command
     from stable_lora_jax.cli.watch import WatchConfig, watch_command
+    from stable_lora_jax.training import LostProcessError
 
     commands = {
         TrainConfig: ("train", train_command),
@@ -35,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         result = commands[type(config)][1](config)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"stable-lora: {error}", file=sys.stderr)
+        print("\n".join([f"stable-lora: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr, flush=True)
+        if isinstance(error, LostProcessError):
+            sys.stdout.flush()
+            os._exit(1)  # an orderly end would wait for the process that is lost
         return 2
     stopped_by = getattr(result, "stopped_by", None)
     return 128 + stopped_by if stopped_by else 0

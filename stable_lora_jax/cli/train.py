@@ -24,18 +24,22 @@ from stable_lora_jax.data import (
     right_branch_only,
 )
 from stable_lora_jax.lora import inject_lora, save_adapter
-from stable_lora_jax.models import load_model
+from stable_lora_jax.models import Decoder, load_model
 from stable_lora_jax.training import (
     LOSSES,
     METHODS,
     TrainResult,
     check_intervals,
     check_logger,
+    is_first,
+    join_processes,
     learning_rate_schedule,
     make_loss,
     make_mesh,
     make_optimizer,
+    newest_step,
     train,
+    wait_for_all,
 )
 from stable_lora_jax.training.sharding import AXES, check_rows
 
@@ -108,12 +112,28 @@ class TrainConfig:
     """Steps between two checkpoints."""
     log: tuple[str, ...] = ()
     """Where metrics go besides metrics.jsonl: tensorboard, wandb."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    keep_best: bool = False
+    """Keep the checkpoint of lowest training loss too (the mean since the one before), to go back to."""
     run_dir: Path | None = None
     """Where the run goes; runs/DATA-METHOD-SEED if not given."""
     resume: bool = False
     """Go on from the newest checkpoint of the run."""
+    auto_resume: bool = False
+    """Go on from the newest checkpoint of the run, or start it: one command for a job that may be stopped anywhere."""
     overwrite: bool = False
     """Delete what is in the run directory."""
+    distributed: bool = False
+    """One of several processes, as set up by Cloud TPU, SLURM, Open MPI or Kubernetes."""
+    coordinator: str | None = None
+    """Without such a system: host:port of process 0, with --processes and --process-id."""
+    processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    heartbeat_timeout: int = 100
+    """Seconds of silence after which a process counts as lost and the others end."""
 
     def __post_init__(self):
         known("method", self.method, METHODS)
@@ -127,11 +147,15 @@ class TrainConfig:
             raise ValueError(f"steps={self.steps} is below 1. Leave it out to train for whole epochs.")
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs={self.epochs} is not a positive number. 1 passes over the data once.")
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep} is below 1. Keep at least the newest checkpoint.")
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}. Choose accumulate "
                 "among the divisors of the batch size."
             )
+        if self.resume + self.auto_resume + self.overwrite > 1:
+            raise ValueError("--resume, --auto-resume and --overwrite exclude each other. Choose one of them.")
 
     @property
     def directory(self) -> Path:
@@ -140,7 +164,22 @@ class TrainConfig:
 
 
 # How a run is carried out, as opposed to what is computed: may differ when it is resumed.
-_FREE_ON_RESUME = {"resume", "overwrite", "run_dir", "save_every", "norms_every", "log", "mesh", "remat"}
+_FREE_ON_RESUME = {
+    *(
+        "resume",
+        "auto_resume",
+        "overwrite",
+        "run_dir",
+        "save_every",
+        "keep",
+        "keep_best",
+        "norms_every",
+        "log",
+        "mesh",
+        "remat",
+    ),
+    *("distributed", "coordinator", "processes", "process_id", "heartbeat_timeout"),
+}
 
 
 def train_command(config: TrainConfig) -> TrainResult:
@@ -149,6 +188,10 @@ def train_command(config: TrainConfig) -> TrainResult:
     Raises:
       ValueError: a bad value, bad data, or a run directory that is in use or belongs to another configuration.
     """
+    if config.distributed or config.coordinator is not None or config.processes or config.process_id is not None:
+        join_processes(
+            *(config.coordinator, config.processes, config.process_id), heartbeat_timeout=config.heartbeat_timeout
+        )
     examples = load_training_examples(config)
     batches = TrainBatches(examples, batch_size=config.batch_size, seed=config.seed, max_length=config.max_length)
     total = config.steps if config.steps is not None else max(1, round(config.epochs * batches.steps_per_epoch))
@@ -162,7 +205,7 @@ def train_command(config: TrainConfig) -> TrainResult:
     )
     mesh = make_mesh(**parse_mesh(config.mesh))
     check_rows(mesh, config.batch_size)
-    _check_directory(config)
+    resume = _check_directory(config)
     dtype = DTYPES[config.dtype]
     model = load_model(config.model, dtype=dtype, param_dtype=dtype, remat=config.remat)
     check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
@@ -172,7 +215,10 @@ def train_command(config: TrainConfig) -> TrainResult:
         use_rslora=config.use_rslora,
         dropout=config.dropout,
     )
-    _prepare_directory(config, total)  # nothing is deleted before all of the above has been accepted
+    wait_for_all("every process has accepted all of the above")  # nothing is deleted before
+    if is_first() and not resume:
+        _prepare_directory(config, total)
+    wait_for_all("the run directory is there")
     result = train(
         *(model, batches, optimizer),
         loss=make_loss(config.loss, max(len(example.branches) for example in examples)),
@@ -184,15 +230,24 @@ def train_command(config: TrainConfig) -> TrainResult:
         norms_every=config.norms_every,
         save_every=config.save_every,
         loggers=config.log,
-        resume=config.resume,
+        keep=config.keep,
+        keep_best=config.keep_best,
+        resume=resume,
     )
+    if is_first():
+        _finish(config, model, result, total)
+    wait_for_all("the adapter is written")
+    return result
+
+
+def _finish(config: TrainConfig, model: Decoder, result: TrainResult, total: int) -> None:
+    """Writes the adapter of a run that has come to its end, and prints how it ended."""
     if result.stopped_by:
         print(f"Stopped by {result.stopped_by.name} at step {result.steps} of {total}; --resume goes on from there.")
-    else:
-        save_adapter(config.directory / "adapter.safetensors", model, config.model)
-        told = "" if result.loss is None else f", last loss {result.loss:.4f}"  # none if it was finished before
-        print(f"Trained {result.steps} steps{told}. Run and adapter: {config.directory}")
-    return result
+        return
+    save_adapter(config.directory / "adapter.safetensors", model, config.model)
+    told = "" if result.loss is None else f", last loss {result.loss:.4f}"  # none if it was finished before
+    print(f"Trained {result.steps} steps{told}. Run and adapter: {config.directory}")
 
 
 def load_training_examples(config: TrainConfig) -> list[Encoded]:
@@ -220,40 +275,52 @@ def parse_mesh(text: str) -> dict[str, int]:
     return axes
 
 
+# What a run leaves that was stopped before its first checkpoint: nothing worth keeping.
+_LEFT_WITHOUT_CHECKPOINT = {"config.json", "metrics.jsonl", "metrics.jsonl.partial", "checkpoints"}
+
+
 def _described(config: TrainConfig) -> dict[str, object]:
     return {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
 
 
-def _check_directory(config: TrainConfig) -> None:
-    """Refuses to overwrite a run unasked, or to resume something else."""
+def _check_directory(config: TrainConfig) -> bool:
+    """Returns whether the run goes on; refuses to overwrite one unasked, or to resume something else."""
     directory, file, described = config.directory, config.directory / "config.json", _described(config)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"The run directory {directory} is a file. Choose another --run-dir.")
-    if config.resume:
-        if not file.exists():
-            raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
+    begun = newest_step(directory / "checkpoints") is not None
+    resume = config.resume or (config.auto_resume and begun)
+    if config.resume and not file.exists():
+        raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
+    if (config.resume or config.auto_resume) and file.exists():
         before = json.loads(file.read_text())["config"]
         if differing := [name for name in described if before.get(name) != described[name]]:
             what = "; ".join(f"{name}: run {before.get(name)!r}, now {described[name]!r}" for name in differing)
             raise ValueError(f"The run in {directory} was started with other values ({what}). Resume with its own.")
-    elif not config.overwrite and directory.exists() and any(directory.iterdir()):
+    if resume:
+        return True
+    left = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if config.auto_resume:
+        left -= _LEFT_WITHOUT_CHECKPOINT
+    if left and not config.overwrite:
         raise ValueError(
             f"The run directory {directory} is not empty. Go on with --resume, replace it with --overwrite, or "
             "choose another --run-dir."
         )
+    return False
 
 
 def _prepare_directory(config: TrainConfig, total_steps: int) -> None:
-    """Makes a new run's directory and config.json."""
-    if config.resume:
-        return
+    """Makes a new run's directory and config.json, which is whole as soon as it is there."""
     directory = config.directory
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
     versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
     record = {"config": _described(config), "total_steps": total_steps, "versions": versions, "commit": commit()}
-    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    partial = directory.with_name(directory.name + ".config.partial")  # beside it: an empty directory is a free one
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(directory / "config.json")
 
 
 def commit() -> str | None:

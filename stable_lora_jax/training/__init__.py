@@ -1,6 +1,7 @@
 """Training of adapters: methods, losses, the step, and the loop around it."""
 
-from stable_lora_jax.training.checkpoints import Checkpoints, checkpoints
+from stable_lora_jax.training.checkpoints import CheckpointError, Checkpoints, checkpoints, newest_step
+from stable_lora_jax.training.distributed import LostProcessError, is_first, join_processes, wait_for_all
 from stable_lora_jax.training.loggers import LOGGERS, check_logger
 from stable_lora_jax.training.loop import NonFiniteLossError, TrainResult, check_intervals, train
 from stable_lora_jax.training.loss import LOSSES, Loss, make_loss
@@ -23,9 +24,11 @@ __all__ = [
     "LOSSES",
     "METHODS",
     "SCHEDULES",
+    "CheckpointError",
     "Checkpoints",
     "Frozen",
     "Loss",
+    "LostProcessError",
     "MetricsFile",
     "NonFiniteLossError",
     "StepMetrics",
@@ -36,14 +39,18 @@ __all__ = [
     "checkpoints",
     "compile_step",
     "init_state",
+    "is_first",
     "join_model",
+    "join_processes",
     "learning_rate_schedule",
     "make_loss",
     "make_mesh",
     "make_optimizer",
+    "newest_step",
     "read_metrics",
     "split_model",
     "stop_steps",
     "train",
     "train_step",
+    "wait_for_all",
 ]

@@ -1,13 +1,26 @@
-"""Checkpoints of a run, kept by Orbax: adapters, optimizer state (flags included) and step. Never the base model."""
+"""Checkpoints of a run, kept by Orbax: adapters, optimizer state (flags included) and step. Never the base model.
 
+A folder named by a number is a whole checkpoint at all times: it is written under another name and renamed when it is
+complete, and renamed again before it is deleted. So a process may be killed at any moment.
+"""
+
+import contextlib
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from stable_lora_jax.training.distributed import LostProcessError, is_first
 from stable_lora_jax.training.step import TrainState
+
+_OUTDATED = "outdated"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message names what is whole."""
 
 
 class Checkpoints:
@@ -15,56 +28,194 @@ class Checkpoints:
 
     Args:
       directory: where checkpoints live, one folder a step.
-      keep: how many of the newest to keep.
+      keep: how many of the newest to keep, >= 1.
+      keep_best: keep the one of lowest loss too.
+
+    Raises:
+      ValueError: keep below 1.
+      CheckpointError: the directory cannot be made or read.
     """
 
-    def __init__(self, directory: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    def __init__(self, directory: Path, keep: int, keep_best: bool = False):
+        if keep < 1:
+            raise ValueError(f"keep={keep} is below 1. Keep at least the newest checkpoint.")
+        self._directory, self._failed = directory.absolute(), False
+        policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
+        if keep_best:
+            best = preservation_policy.BestN(  # it keeps the highest
+                get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
+            )
+            policies.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+            todelete_subdir=_OUTDATED,
+        )
+        try:
+            if is_first():
+                self._directory.mkdir(parents=True, exist_ok=True)
+            self._delete(f"*{ocp.utils.TMP_DIR_SUFFIX}*", _OUTDATED)
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"Checkpoints cannot be kept in {self._directory}: {error}. Choose a run directory that can be written "
+                "to."
+            ) from error
 
-    def save(self, state: TrainState) -> None:
-        """Saves in the background; an error of an earlier save is raised here."""
-        self._manager.check_for_errors()
-        step = int(state.step)
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), force=True)
+    def save(self, state: TrainState, loss: float | None = None) -> None:
+        """Saves in the background, after the save before has ended.
 
-    def latest_step(self) -> int | None:
-        """Returns the step of the newest whole checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def restore(self, like: TrainState) -> TrainState:
-        """Returns the newest checkpoint, with the structure, dtypes and shardings of `like`.
+        Args:
+          state: what to save; it may be donated as soon as this returns.
+          loss: what "best" goes by.
 
         Raises:
-          ValueError: there is none, or it does not have the structure of `like`.
+          CheckpointError: this save could not begin, or the one before has failed.
         """
-        step = self.latest_step()
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        with self._explained():
+            self._manager.wait_until_finished()
+            self._delete(_OUTDATED)
+            metrics = None if loss is None else {"loss": loss}
+            self._manager.save(step, metrics=metrics, args=ocp.args.StandardSave(_as_dict(state)), force=True)
+
+    def check(self) -> None:
+        """Raises CheckpointError if a save in the background has failed; never waits."""
+        if not self._manager.is_saving_in_progress():
+            with self._explained():
+                self._manager.wait_until_finished()  # has finished, and raises how
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, or None; one that is being saved counts."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Returns the step of the checkpoint of lowest loss among those kept, or None."""
+        return self._manager.best_step()
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """Returns a checkpoint, with the structure, dtypes and shardings of `like`.
+
+        Args:
+          like: a state of the same model, adapters and optimizer.
+          step: which one; the newest if None.
+
+        Raises:
+          ValueError: there is none, it belongs to something else than `like` (what differs is named), or it is damaged.
+          CheckpointError: a save under way has failed.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+        step = self.latest_step() if step is None else step
         if step is None:
             raise ValueError(
-                f"There is no checkpoint to resume from in {self._manager.directory}. Start again, replacing the "
-                "run (--overwrite)."
+                f"There is no checkpoint to resume from in {self._directory}. Start again, replacing the run "
+                "(--overwrite)."
             )
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        folder, target = self._directory / str(step), _as_dict(like)
+        try:
+            self._check_structure(folder, step, target)
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except _OtherStructureError as error:
+            raise ValueError(str(error)) from None
+        except Exception as error:  # whatever the many layers below make of a file that is not what they wrote
+            raise ValueError(
+                f"{folder} is no whole checkpoint of this program ({_first_line(error)}). Nothing was changed. Move it "
+                "away to go on from the one before it, or put back a copy."
+            ) from error
         return TrainState(**restored)
 
     def close(self) -> None:
-        """Waits for saves under way and raises their errors."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for saves under way and raises CheckpointError if one has failed, unless that was raised before."""
+        if not self._failed:
+            with self._explained():
+                self._manager.wait_until_finished()
+            self._delete(_OUTDATED)
+        with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+            self._manager.close()
+
+    def _check_structure(self, folder: Path, step: int, target: dict[str, object]) -> None:
+        saved = self._manager.item_metadata(step)
+        found, wanted = _leaves(saved.tree if hasattr(saved, "tree") else saved), _leaves(target)
+        if found == wanted:
+            return
+        lines = [
+            f"{name}: checkpoint {found.get(name, 'nothing')}, now {wanted.get(name, 'nothing')}"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        raise _OtherStructureError(
+            f"{folder} belongs to a run of another rank, other targets, another method or model; {len(lines)} arrays "
+            f"differ: {'; '.join(lines[:3])}{'; ...' if len(lines) > 3 else ''}. Resume with that run's own values, or "
+            "choose another run directory."
+        )
+
+    def _delete(self, *patterns: str) -> None:
+        for path in (path for pattern in patterns for path in self._directory.glob(pattern) if is_first()):
+            shutil.rmtree(path)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of the devices, which all processes meet on before a save
+        except Exception as error:
+            self._failed = True
+            whole = newest_step(self._directory)
+            raise CheckpointError(
+                f"A checkpoint could not be written to {self._directory} ({_first_line(error)}). "
+                + ("None was whole before. " if whole is None else f"That of step {whole} is whole. ")
+                + "Make room there, or make it writable, and go on from it (--resume)."
+            ) from error
 
 
-@contextmanager
-def checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
+@contextlib.contextmanager
+def checkpoints(directory: Path, keep: int, keep_best: bool = False) -> Iterator[Checkpoints]:
     """Opens a run's checkpoints, and finishes what is being saved on the way out."""
-    manager = Checkpoints(directory, keep)
+    manager = Checkpoints(directory, keep, keep_best)
     try:
         yield manager
-    finally:
+    except LostProcessError:
+        raise  # a save that is shared with a lost process never ends
+    except BaseException as error:
+        try:
+            manager.close()
+        except CheckpointError as another:
+            error.add_note(str(another))
+        raise
+    else:
         manager.close()
+
+
+def newest_step(directory: Path) -> int | None:
+    """Returns the step of the newest whole checkpoint in a directory, or None; without opening anything."""
+    return max((int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()), default=None)
+
+
+class _OtherStructureError(ValueError):
+    pass
 
 
 def _as_dict(state: TrainState) -> dict[str, object]:
     """Names the parts, so that a checkpoint can be read without this package."""
     return {"step": state.step, "adapters": state.adapters, "opt_state": state.opt_state}
+
+
+def _leaves(tree: object) -> dict[str, str]:
+    """Returns dotted path -> shape and dtype."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        ".".join(str(ocp.utils.get_key_name(key)) for key in path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in flat
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"

@@ -16,10 +16,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from stable_lora_jax.data import Batch, TrainBatches, prefetch
+from stable_lora_jax.data import BatchRows, TrainBatches, prefetch
 from stable_lora_jax.optim import LoraRiteState, StableLoraState, lora_rite_report, stability, stable_lora_shrink
 from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training.checkpoints import checkpoints
+from stable_lora_jax.training.distributed import (
+    highest_number,
+    is_first,
+    own_rows,
+    rows_to_mesh,
+    shared_work,
+    to_mesh,
+)
 from stable_lora_jax.training.loggers import Logger, make_logger
 from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.metrics import MetricsFile
@@ -54,6 +62,7 @@ def train(
     norms_every: int = 10,
     save_every: int = 200,
     keep: int = 2,
+    keep_best: bool = False,
     loggers: Sequence[str] = (),
     resume: bool = False,
     progress: bool = True,
@@ -61,7 +70,8 @@ def train(
     """Trains the adapters inside `model`, in place, and returns how it ended.
 
     SIGINT and SIGTERM let the step under way finish, save, and return. A loss or gradient that is not finite raises,
-    and leaves the last checkpoint as it is.
+    and leaves the last checkpoint as it is. Several processes call it alike (see `training.distributed`); a signal to
+    any of them stops all.
 
     Args:
       model: a model with adapters.
@@ -75,23 +85,29 @@ def train(
       accumulate: parts that each batch is processed in.
       norms_every: steps between two records of all pairs' norms.
       save_every: steps between two checkpoints.
-      keep: checkpoints kept.
+      keep: newest checkpoints kept.
+      keep_best: keep the checkpoint of lowest loss too, meaned over the steps since the one before it. After a run
+        that went wrong, it is the one from before.
       loggers: what gets the metrics besides the file, by name; see `LOGGERS`.
       resume: go on from the newest checkpoint in `run_dir`.
-      progress: show a progress bar.
+      progress: show a progress bar, in the first process.
 
     Raises:
       NonFiniteLossError: see above.
-      ValueError: nothing to resume from, checkpoints of another run in `run_dir`, a mesh that does not divide, or a
-        number of steps below 1.
+      CheckpointError: a checkpoint could not be written; raised at the first step after it failed.
+      LostProcessError: another process has ended.
+      ValueError: nothing to resume from, a checkpoint of something else or a damaged one, checkpoints of another run
+        in `run_dir`, a mesh that does not divide, or a number of steps below 1.
     """
     check_intervals(total_steps=total_steps, norms_every=norms_every, save_every=save_every)
     mesh = mesh or make_mesh()
+    by_rows, everywhere = batch_sharding(mesh), replicated(mesh)
+    check_rows(mesh, batches.batch_size)
     graph, adapters, frozen = split_model(model)
-    frozen = jax.device_put(frozen, place(mesh, frozen))
+    frozen = to_mesh(frozen, place(mesh, frozen))
     # A copy: the state is donated step by step, and the model must stay whole if a step fails.
-    state = jax.device_put(init_state(jax.tree.map(jnp.copy, adapters), optimizer), replicated(mesh))
-    with checkpoints(run_dir / "checkpoints", keep) as saved, _stop_signal() as stop:
+    state = to_mesh(init_state(jax.tree.map(jnp.copy, adapters), optimizer), everywhere)
+    with checkpoints(run_dir / "checkpoints", keep, keep_best) as saved, _stop_signal() as received, shared_work():
         if resume:
             state = saved.restore(state)
         elif (last := saved.latest_step()) is not None:
@@ -99,33 +115,38 @@ def train(
                 f"{run_dir} holds checkpoints up to step {last} of an earlier run. Go on with resume=True, or give a "
                 "new directory."
             )
-        start = int(state.step)
+        start, stopped_by = int(state.step), None
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
-        bar = tqdm(total=total_steps, initial=start, desc="train", unit="step", disable=not progress)
+        told_to_stop = highest_number(mesh)
+        rows = BatchRows(batches, own_rows(by_rows, batches.batch_size))
+        shown = progress and is_first()
+        bar = tqdm(total=total_steps, initial=start, desc="train", unit="step", disable=not shown)
         with bar, ExitStack() as opened:
-            files = [MetricsFile(run_dir / "metrics.jsonl", start)]
-            files += [make_logger(name, run_dir, start) for name in loggers]
+            files: list[Logger] = []
+            if is_first():
+                files += [MetricsFile(run_dir / "metrics.jsonl", start)]
+                files += [make_logger(name, run_dir, start) for name in loggers]
             for file in files:
                 opened.enter_context(closing(file))
             record = _Record(files, bar, learning_rate, saved.latest_step, _flags(state.opt_state))
             if not start:
                 record.norms(state)
-            for index, batch in prefetch(batches, start, total_steps):
-                check_rows(mesh, len(batch.answer))
-                state, metrics = step(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
-                record.step(index + 1, metrics, batch)
+            for index, batch in prefetch(rows, start, total_steps):
+                state, metrics = step(state, frozen, rows_to_mesh(batch, by_rows, batches.batch_size))
+                record.step(index + 1, metrics, batches.num_tokens(index))
+                saved.check()
                 if (index + 1) % norms_every == 0 or index + 1 == total_steps:
                     record.norms(state)
                 if (index + 1) % save_every == 0 and index + 1 < total_steps:
-                    record.flush()
-                    saved.save(state)
-                if stop:
+                    saved.save(state, record.mean_loss())
+                if number := told_to_stop(received[0] if received else 0):
+                    stopped_by = signal.Signals(number)
                     break
-            record.flush()
-        saved.save(state)
+            mean_loss = record.mean_loss()
+        saved.save(state, mean_loss)
     # Back to where they came from: the rest of the model never moved to the mesh.
-    nnx.update(model, jax.device_put(state.adapters, jax.tree.map(lambda x: x.sharding, adapters)))
-    return TrainResult(int(state.step), stop[0] if stop else None, record.loss)
+    nnx.update(model, jax.device_put(jax.device_get(state.adapters), jax.tree.map(lambda x: x.sharding, adapters)))
+    return TrainResult(int(state.step), stopped_by, record.loss)
 
 
 def check_intervals(**steps: int) -> None:
@@ -147,11 +168,18 @@ class _Record:
     loss: float | None = None
     _waiting: tuple[int, StepMetrics, int] | None = None
     _last: float = field(default_factory=time.perf_counter)
+    _losses: list[float] = field(default_factory=list)
 
-    def step(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
+    def step(self, step: int, metrics: StepMetrics, tokens: int) -> None:
         """Takes the metrics of a step that may still be running, and writes those of the one before."""
         self.flush()
-        self._waiting = (step, metrics, int((batch.segments >= 0).sum()))
+        self._waiting = (step, metrics, tokens)
+
+    def mean_loss(self) -> float | None:
+        """Returns the mean loss of the steps since it was asked last."""
+        self.flush()
+        losses, self._losses = self._losses, []
+        return float(np.mean(losses)) if losses else None
 
     def flush(self) -> None:
         """Writes what is waiting, and raises if it is not finite."""
@@ -166,6 +194,7 @@ class _Record:
                 + (f"The checkpoint of step {kept} is kept. " if kept is not None else "No checkpoint was saved yet. ")
                 + "Lower the learning rate or the scale alpha / r, or look at the data of this step."
             )
+        self._losses.append(self.loss)
         now = time.perf_counter()
         rate, self._last = tokens / (now - self._last), now
         pairs, stable = self._flags(step, metrics)

@@ -29,7 +29,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """Returns a mesh over the first data · fsdp · tensor devices.
 
     Raises:
-      ValueError: a size below one, or more devices asked for than there are.
+      ValueError: a size below one, more devices asked for than there are, or, among several processes, fewer.
     """
     devices = jax.devices()
     sizes = (data, fsdp, tensor)
@@ -37,6 +37,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         raise ValueError(
             f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} needs {math.prod(sizes)} devices; there are "
             f"{len(devices)}. Choose sizes of at least 1 with a product of at most {len(devices)}."
+        )
+    if jax.process_count() > 1 and math.prod(sizes) < len(devices):
+        raise ValueError(
+            f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} leaves some of the {len(devices)} devices of "
+            f"{jax.process_count()} processes without work. Choose sizes with a product of {len(devices)}."
         )
     return Mesh(np.reshape(devices[: math.prod(sizes)], sizes), AXES)
 

@@ -129,6 +129,17 @@ def test_a_run_is_not_touched_without_resume_or_overwrite(train_flags, finished,
     message = capsys.readouterr().err
     assert "rank: run 2, now 3" in message
     assert "steps: run 6, now 7" in message
+    other = ["--alpha", 3, "--targets", "qkvo", "--method", "adamw", "--dtype", "bfloat16", "--weight-decay", 0.1]
+    assert code_of([*train_flags, "--steps", 6, *other, "--auto-resume", "--run-dir", finished]) == 2
+    message = capsys.readouterr().err
+    for told in (
+        "alpha: run 16.0, now 3.0",
+        "targets: run 'qv'",
+        "method: run 'stable-lora'",
+        "dtype:",
+        "weight_decay:",
+    ):
+        assert told in message
     assert snapshot(finished) == before
     empty = finished.parent / "none"
     assert code_of([*train_flags, "--resume", "--run-dir", empty]) == 2

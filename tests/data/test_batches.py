@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stable_lora_jax.data import (
     Batch,
+    BatchRows,
     Encoded,
     TrainBatches,
     encode_all,
@@ -162,6 +163,16 @@ def test_evaluation_pads_little_in_few_shapes(examples: list[Encoded]) -> None:
 def test_evaluation_errors() -> None:
     with pytest.raises(ValueError, match=r"max_tokens is 2048 and rows_multiple_of is 0; both must be at least 1"):
         eval_batches(numbered(3), rows_multiple_of=0)
+
+
+def test_shares_of_a_batch_are_its_rows() -> None:
+    batches = TrainBatches(numbered(40), batch_size=8, seed=1, max_length=999)
+    for step in range(10):
+        whole = batches[step]
+        for chosen in ((0, 1, 2, 3), (4, 5), (3, 7)):
+            share = BatchRows(batches, chosen)[step]
+            assert equal(share, Batch(*(array[list(chosen)] for array in whole)))
+        assert batches.num_tokens(step) == (whole.segments >= 0).sum()
 
 
 def test_prefetch_equals_the_loop() -> None:
