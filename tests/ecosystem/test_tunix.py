@@ -1,0 +1,59 @@
+"""A Tunix model with einsum adapters, in Tunix's own trainer.
+
+Tunix's pins clash with ours, so it has an environment of its own: make test-tunix.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.ecosystem.watching import Watch, beside
+
+pytest.importorskip("tunix", reason="Tunix has an environment of its own: make test-tunix")
+
+import qwix
+from tunix.models.llama3.model import Llama3, ModelConfig
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Tunix's own
+
+STEPS, LENGTH, VOCABULARY = 60, 8, 32
+CONFIG = ModelConfig(
+    num_layers=1, vocab_size=VOCABULARY, embed_dim=24, hidden_dim=32, num_heads=6, head_dim=4, num_kv_heads=2,
+    rope_theta=10_000, norm_eps=1e-5,
+)  # fmt: skip
+
+
+def model_input(batch):
+    length = batch.input_tokens.shape[1]
+    return {
+        "input_tokens": batch.input_tokens,
+        "input_mask": batch.input_mask,
+        "positions": jnp.broadcast_to(jnp.arange(length), batch.input_tokens.shape),
+        "attention_mask": jnp.tril(jnp.ones((1, length, length), bool)),
+    }
+
+
+def batches(count):
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        # Counting upwards from anywhere can be learnt.
+        tokens = (random.integers(0, VOCABULARY, (4, 1)) + np.arange(LENGTH)) % VOCABULARY
+        yield TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens))
+
+
+def test_einsum_adapters_in_tunix_own_trainer():
+    provider = qwix.LoraProvider(module_path=".*(q_proj|o_proj|gate_proj)", rank=3, alpha=1.0)
+    sample = model_input(next(batches(1)))
+    sample = {"positions": sample["positions"], "cache": None, "attention_mask": sample["attention_mask"]}
+    tokens = next(batches(1)).input_tokens
+    model = qwix.apply_lora_to_model(Llama3(CONFIG, rngs=nnx.Rngs(0)), provider, tokens, **sample, rngs=nnx.Rngs(1))
+    attention = model.layers[0].attn
+    assert (attention.q_proj.w_lora_a.shape, attention.q_proj.w_lora_b.shape) == ((24, 3), (3, 6, 4))
+    assert (attention.o_proj.w_lora_a.shape, attention.o_proj.w_lora_b.shape) == ((6, 4, 3), (3, 24))
+    watch = Watch(2e-2, 0.02)
+    trainer = PeftTrainer(model, watch.tx, TrainingConfig(eval_every_n_steps=1000, max_steps=STEPS))
+    trainer.with_gen_model_input_fn(model_input).train(batches(STEPS))
+    names = (f"layers/0/{name}_lora" for name in ("attn/q_proj/w", "attn/o_proj/w", "mlp/gate_proj/kernel"))
+    watch.check(nnx.state(model, nnx.LoRAParam), trainer.optimizer.opt_state, beside(*names))
