@@ -86,7 +86,7 @@ def quantize_linears(model: Model, kind: str) -> Model:
 
 @partial(jax.jit, static_argnums=1)
 def _quantize(kernel: Float[Array, "*stack n m"], kind: str) -> tuple[Array, Float[Array, "*stack blocks m"]]:
-    """Returns integers and scales, one matrix of the stack after the other: the search for nf4 takes 16 times as much."""
+    """Returns integers and scales, one matrix of the stack after the other: the search for nf4 takes 16 times it."""
     *stack, fan_in, fan_out = kernel.shape
     tiles = {0: math.gcd(_NF4_BLOCK, fan_in)} if kind == "nf4" else {}
 

@@ -1,8 +1,8 @@
 """A training run watched from inside its optimizer, and the shrink replayed in NumPy float64.
 
-`Watch` puts two links that only look into ``optax.chain(optax.adamw(lr), stable_lora_shrink(lam))``: one sees what AdamW
-wants to do, the other what is done in the end. So one check serves whichever library makes the adapters and runs the
-loop.
+`Watch` adds two links that only look on to ``optax.chain(optax.adamw(lr), stable_lora_shrink(lam))``: one sees what
+AdamW wants to do, the other what is done in the end. So one check serves whichever library makes the adapters and runs
+the loop.
 """
 
 from collections.abc import Iterator
