@@ -122,9 +122,8 @@ def made_by_peft(directory):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(FAN_IN, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, FAN_OUT))
-    peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0", "2"])).save_pretrained(
-        directory
-    )
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0", "2"])
+    peft.get_peft_model(model, config).save_pretrained(directory)
 
 
 @pytest.mark.parametrize("make", [made_by_us, made_by_peft])

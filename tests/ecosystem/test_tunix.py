@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.ecosystem.watching import Watch, beside
+from tests.readme import programs
 
 pytest.importorskip("tunix", reason="Tunix has an environment of its own: make test-tunix")
 
@@ -23,6 +24,7 @@ CONFIG = ModelConfig(
     num_layers=1, vocab_size=VOCABULARY, embed_dim=24, hidden_dim=32, num_heads=6, head_dim=4, num_kv_heads=2,
     rope_theta=10_000, norm_eps=1e-5,
 )  # fmt: skip
+NAMES = [f"layers/0/{name}_lora" for name in ("attn/q_proj/w", "attn/o_proj/w", "mlp/gate_proj/kernel")]
 
 
 def model_input(batch):
@@ -43,17 +45,33 @@ def batches(count):
         yield TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens))
 
 
-def test_einsum_adapters_in_tunix_own_trainer():
+def adapted():
+    """A Llama with adapters that Qwix made for its einsums."""
     provider = qwix.LoraProvider(module_path=".*(q_proj|o_proj|gate_proj)", rank=3, alpha=1.0)
-    sample = model_input(next(batches(1)))
-    sample = {"positions": sample["positions"], "cache": None, "attention_mask": sample["attention_mask"]}
-    tokens = next(batches(1)).input_tokens
-    model = qwix.apply_lora_to_model(Llama3(CONFIG, rngs=nnx.Rngs(0)), provider, tokens, **sample, rngs=nnx.Rngs(1))
+    inputs = model_input(next(batches(1)))
+    return qwix.apply_lora_to_model(
+        *(Llama3(CONFIG, rngs=nnx.Rngs(0)), provider, inputs["input_tokens"], inputs["positions"], None),
+        *(inputs["attention_mask"],),
+        rngs=nnx.Rngs(1),
+    )
+
+
+def test_einsum_adapters_in_tunix_own_trainer():
+    model = adapted()
     attention = model.layers[0].attn
     assert (attention.q_proj.w_lora_a.shape, attention.q_proj.w_lora_b.shape) == ((24, 3), (3, 6, 4))
     assert (attention.o_proj.w_lora_a.shape, attention.o_proj.w_lora_b.shape) == ((6, 4, 3), (3, 24))
     watch = Watch(2e-2, 0.02)
     trainer = PeftTrainer(model, watch.tx, TrainingConfig(eval_every_n_steps=1000, max_steps=STEPS))
     trainer.with_gen_model_input_fn(model_input).train(batches(STEPS))
-    names = (f"layers/0/{name}_lora" for name in ("attn/q_proj/w", "attn/o_proj/w", "mlp/gate_proj/kernel"))
-    watch.check(nnx.state(model, nnx.LoRAParam), trainer.optimizer.opt_state, beside(*names))
+    watch.check(nnx.state(model, nnx.LoRAParam), trainer.optimizer.opt_state, beside(*NAMES))
+
+
+def test_the_readme_program_runs():
+    model = adapted()
+    start = model.layers[0].attn.q_proj.w_lora_a[...].copy()
+    names = {"model": model, "model_input": model_input, "batches": batches(30)}
+    exec(programs()[2], names)
+    assert names["stable"].keys() == set(NAMES)
+    shrunk = jnp.linalg.norm(model.layers[0].attn.q_proj.w_lora_a[...]) / jnp.linalg.norm(start)
+    np.testing.assert_allclose(shrunk, (1 - 0.005) ** 30, rtol=0.05)  # AdamW moves A too
