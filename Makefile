@@ -2,9 +2,10 @@
 # tests, one with the oldest Python supported and PyTorch.
 NEWEST := .venv
 OLDEST := .venv-torch
+TUNIX := .venv-tunix
 OUT := runs/demo
 
-.PHONY: environments demo test lint bench bench-optimizers clean
+.PHONY: environments demo test test-tunix lint bench bench-optimizers quantize clean
 
 environments: $(NEWEST)/installed $(OLDEST)/installed
 
@@ -14,6 +15,9 @@ demo: $(NEWEST)/installed
 test: $(NEWEST)/installed $(OLDEST)/installed
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 	$(OLDEST)/bin/python -m pytest --numprocesses 2
+
+test-tunix: $(TUNIX)/installed
+	$(TUNIX)/bin/python -m pytest tests/ecosystem/test_tunix.py
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .
@@ -26,6 +30,9 @@ bench: $(NEWEST)/installed $(OLDEST)/installed
 bench-optimizers: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m experiments.bench_optimizers
 
+quantize: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m experiments.quantize
+
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -36,5 +43,15 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,torch]'
 	touch $@
 
+# Tunix pins an older safetensors than ours, and asks for much that its trainer never imports: so it is laid, with the few
+# packages it does import, over the newest environment, without its pins.
+$(TUNIX)/installed: $(NEWEST)/installed Makefile
+	$(NEWEST)/bin/python -m venv $(TUNIX)
+	$(NEWEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > $$($(TUNIX)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
+	$(TUNIX)/bin/python -m pip install --quiet --no-deps google-tunix==0.1.7 google-metrax==0.2.4 clu==0.0.12 \
+	    perfetto==0.59.1 sentencepiece==0.2.3 wrapt==2.5.2
+	touch $@
+
 clean:
-	rm -rf $(NEWEST) $(OLDEST) build *.egg-info
+	rm -rf $(NEWEST) $(OLDEST) $(TUNIX) build *.egg-info

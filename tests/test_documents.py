@@ -1,19 +1,28 @@
-"""What the documents show must run: the README's program and every notebook."""
+"""What the documents show must run: the README's programs and every notebook. The one with Tunix runs in its tests."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.readme import programs
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_readme_program_runs(capsys):
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    exec(program, {})
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Qwix uses what Flax has renamed
+def test_the_readme_programs_run(capsys):
+    ours, with_qwix, _ = programs()
+    names: dict[str, Any] = {}
+    exec(ours, names)
     assert re.fullmatch(r"(layers/\d/lora: gap \d+\.\d\d, (stable|still shrinking)\n){2}", capsys.readouterr().out)
+    exec(with_qwix, names)
+    adapters = names["nnx"].state(names["model"], names["nnx"].LoRAParam)
+    report = names["stability"](adapters, names["optimizer"].opt_state)
+    assert list(report) == ["layers/0/kernel_lora", "layers/2/kernel_lora"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

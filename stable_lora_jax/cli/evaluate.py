@@ -8,11 +8,11 @@ from typing import Literal
 
 from flax import nnx
 
-from stable_lora_jax.cli.train import DTYPES, known, known_data
+from stable_lora_jax.cli.train import DTYPES, known, known_data, load_base
 from stable_lora_jax.data import TASKS, Question, check_fits, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec
-from stable_lora_jax.models import Decoder, huggingface_module, load_model
+from stable_lora_jax.models import Decoder, huggingface_module
 
 # The names under which others know what an alias of ours stands for.
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -38,6 +38,8 @@ class EvalConfig:
     """Score only this many questions, spread evenly over the data."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """int8 or nf4, as the adapter was trained; neither if not given."""
     output: Path | None = None
     """Write the figures to this JSON file too."""
 
@@ -60,7 +62,7 @@ def eval_command(config: EvalConfig) -> Evaluation:
     examples = encode_all(load_tokenizer(config.model), questions, config.prompt_format)
     if config.output:
         config.output.open("a").close()  # a place that cannot be written shows before the work is done
-    model = load_with_adapter(config.model, config.adapter, config.dtype)
+    model = load_with_adapter(config.model, config.adapter, config.dtype, config.quantize)
     check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
     scores = evaluate(model, examples, progress=True)
     print(json.dumps(scores.summary(), indent=2))
@@ -69,24 +71,24 @@ def eval_command(config: EvalConfig) -> Evaluation:
     return scores
 
 
-def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32") -> Decoder:
+def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", quantize: str | None = None) -> Decoder:
     """Returns a base model, with the adapter of a run directory, a PEFT directory or a file if one is given.
 
     Raises:
-      ValueError: an adapter that belongs to another base model; an unknown dtype.
+      ValueError: an adapter that belongs to another base model; an unknown dtype or quantization.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown. Known: {', '.join(DTYPES)}.")
     if adapter is None:
-        return load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
+        return load_base(name, dtype, quantize)
     file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
     if (adapter / "adapter_config.json").is_file():
-        model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
+        model = load_base(name, dtype, quantize)
         count = inject_peft(adapter, model, HUB_NAMES.get(name, name), huggingface_module)
         print(f"{adapter}: filled {count} modules", file=sys.stderr)
         return model
     spec = read_adapter_spec(file)
-    model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
+    model = load_base(name, dtype, quantize)
     inject_lora(model, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(0), use_rslora=spec.use_rslora)
     load_adapter(file, model, name)
     return model

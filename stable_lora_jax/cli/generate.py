@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -30,12 +31,14 @@ class GenerateConfig:
     """Of the sampling."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """int8 or nf4, as the adapter was trained; neither if not given."""
 
 
 def generate_command(config: GenerateConfig) -> None:
     """Runs `stable-lora generate`; see `GenerateConfig`."""
     tokenizer = load_tokenizer(config.model)
-    model = load_with_adapter(config.model, config.adapter, config.dtype)
+    model = load_with_adapter(config.model, config.adapter, config.dtype, config.quantize)
     end = tokenizer.eos_token_id
     if tokenizer.chat_template is None or config.raw:
         print(config.prompt, end="", flush=True)

@@ -23,7 +23,7 @@ from stable_lora_jax.data import (
     load_tokenizer,
     right_branch_only,
 )
-from stable_lora_jax.lora import inject_lora, save_adapter
+from stable_lora_jax.lora import inject_lora, quantize_linears, save_adapter
 from stable_lora_jax.models import Decoder, load_model
 from stable_lora_jax.training import (
     LOSSES,
@@ -102,6 +102,8 @@ class TrainConfig:
     """Of the adapters' start and the order of the data."""
     dtype: str = "float32"
     """Of the base weights and the computation: float32 or bfloat16. Adapters are always float32."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """int8 or nf4: keep the layers' base weights in 8 or 4 bits."""
     remat: bool = False
     """Recompute activations in the backward pass, to save memory."""
     mesh: str = ""
@@ -206,8 +208,7 @@ def train_command(config: TrainConfig) -> TrainResult:
     mesh = make_mesh(**parse_mesh(config.mesh))
     check_rows(mesh, config.batch_size)
     resume = _check_directory(config)
-    dtype = DTYPES[config.dtype]
-    model = load_model(config.model, dtype=dtype, param_dtype=dtype, remat=config.remat)
+    model = load_base(config.model, config.dtype, config.quantize, remat=config.remat)
     check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
     inject_lora(
         *(model, config.rank, config.alpha, config.targets),
@@ -248,6 +249,12 @@ def _finish(config: TrainConfig, model: Decoder, result: TrainResult, total: int
     save_adapter(config.directory / "adapter.safetensors", model, config.model)
     told = "" if result.loss is None else f", last loss {result.loss:.4f}"  # none if it was finished before
     print(f"Trained {result.steps} steps{told}. Run and adapter: {config.directory}")
+
+
+def load_base(name: str, dtype: str, quantize: str | None, *, remat: bool = False) -> Decoder:
+    """Returns a base model: `name` as `load_model` takes it, a dtype of `DTYPES`, and int8, nf4 or None."""
+    model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype], remat=remat)
+    return quantize_linears(model, quantize) if quantize else model
 
 
 def load_training_examples(config: TrainConfig) -> list[Encoded]:

@@ -4,17 +4,21 @@ from stable_lora_jax.lora.adapter_file import AdapterSpec, adapter_spec, load_ad
 from stable_lora_jax.lora.injection import TARGETS, inject_lora, lora_modules, merge_lora
 from stable_lora_jax.lora.linear import LoRALinear
 from stable_lora_jax.lora.peft_directory import inject_peft, save_peft
+from stable_lora_jax.lora.quantized import QUANTIZATIONS, QuantizedLinear, quantize_linears
 
 __all__ = [
+    "QUANTIZATIONS",
     "TARGETS",
     "AdapterSpec",
     "LoRALinear",
+    "QuantizedLinear",
     "adapter_spec",
     "inject_lora",
     "inject_peft",
     "load_adapter",
     "lora_modules",
     "merge_lora",
+    "quantize_linears",
     "read_adapter_spec",
     "save_adapter",
     "save_peft",

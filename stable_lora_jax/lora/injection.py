@@ -76,7 +76,7 @@ def inject_lora(
             a_init=a_init,
             b_init=b_init,
         )
-        _replace(model, path, adapted)
+        replace_module(model, path, adapted)
     return model
 
 
@@ -86,17 +86,22 @@ def merge_lora(model: Model) -> Model:
     The product is formed in float32 (or wider) and rounded once to the kernel's dtype.
 
     Raises:
-      ValueError: the model has no adapters.
+      ValueError: the model has no adapters, or a quantized base, which would round their part away.
     """
     modules = lora_modules(model)
     if not modules:
         raise ValueError("The model has no LoRA adapters to merge. Call inject_lora(model, ...) or load some first.")
+    if quantized := [path for path, module in modules.items() if _is_quantized(module.base)]:
+        raise ValueError(
+            f"The base is quantized at {_listed(quantized)}. Rounding the sum again would lose the adapters: load the "
+            "base without quantizing it, load the adapters onto that, and merge there."
+        )
     for path, module in modules.items():
         kernel, a, b = module.base.kernel, module.lora_a[...], module.lora_b[...]
         wide = jnp.promote_types(jnp.promote_types(kernel.dtype, a.dtype), jnp.float32)
         delta = jnp.matmul(a.astype(wide), b.astype(wide), precision="highest")
         kernel[...] = (kernel[...].astype(wide) + module.scale * delta).astype(kernel.dtype)
-        _replace(model, path, module.base)
+        replace_module(model, path, module.base)
     return model
 
 
@@ -135,7 +140,12 @@ def _matching(linears: dict[str, nnx.Linear], targets: str | Sequence[str]) -> d
     return {path: linear for path, linear in linears.items() if path in chosen}
 
 
-def _replace(model: nnx.Module, path: str, module: nnx.Module) -> None:
+def _is_quantized(linear: nnx.Linear) -> bool:
+    return not jnp.issubdtype(linear.kernel.dtype, jnp.floating)
+
+
+def replace_module(model: nnx.Module, path: str, module: nnx.Module) -> None:
+    """Puts `module` where `path` leads."""
     *parents, last = path.split(".")
     node = model
     for key in parents:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 PyTree: TypeAlias = Any
 Labels: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
-StackAxes: TypeAlias = Literal["infer"] | tuple[int, ...] | Callable[[str], tuple[int, ...]]
+StackAxes: TypeAlias = Literal["infer", "leading"] | tuple[int, ...] | Callable[[str], tuple[int, ...]]
 
 LORA_A, LORA_B, OTHER = "lora_a", "lora_b", "other"
 
@@ -80,8 +80,8 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
         a callable from `params` to such a tree. With labels, an A and a B that no naming convention links belong
         together when a subtree holds just these two; the pair is then called by the path of its A.
       stack_axes: "infer", or the axes that count matrices in every pair in which A and B both have more than two axes:
-        ``(0,)`` for layers scanned over axis 0, ``(1,)`` for axis 1, ``()`` for no stack. A callable from the pair's
-        name says it pair by pair.
+        ``(0,)`` for layers scanned over axis 0, ``(1,)`` for axis 1, ``()`` for no stack, "leading" for all but the
+        last two. A callable from the pair's name says it pair by pair.
 
     Raises:
       ValueError: no adapter; an A without a B or a B without an A; ranks that disagree; a layout that can be read in
@@ -233,6 +233,7 @@ def _stack_axes(name: str, a: tuple[int, ...], b: tuple[int, ...], stack_axes: S
                 "(() means no stack), or by a function of the pair's name."
             )
         return readings[0]
+    said = range(shared) if said == "leading" else said
     chosen = tuple(said) if shared > 0 else ()
     if chosen not in readings:
         raise ValueError(

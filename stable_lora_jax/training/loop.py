@@ -30,6 +30,7 @@ from stable_lora_jax.training.distributed import (
 )
 from stable_lora_jax.training.loggers import Logger, make_logger
 from stable_lora_jax.training.loss import Loss
+from stable_lora_jax.training.methods import STACK_AXES
 from stable_lora_jax.training.metrics import MetricsFile
 from stable_lora_jax.training.sharding import batch_sharding, check_rows, make_mesh, replicated
 from stable_lora_jax.training.step import StepMetrics, TrainState, compile_step, init_state, place, split_model
@@ -243,8 +244,9 @@ def _flags(opt_state: optax.OptState) -> dict[str, np.ndarray]:
 @jax.jit
 def _norms(state: TrainState):
     # Methods without flags have norms all the same: read them beside fresh flags.
-    tracked = find_states(state.opt_state, StableLoraState) or stable_lora_shrink(0.0).init(state.adapters)
-    return stability(state.adapters, tracked)
+    fresh = stable_lora_shrink(0.0, stack_axes=STACK_AXES)
+    tracked = find_states(state.opt_state, StableLoraState) or fresh.init(state.adapters)
+    return stability(state.adapters, tracked, stack_axes=STACK_AXES)
 
 
 @contextmanager

@@ -7,6 +7,9 @@ import optax
 from stable_lora_jax.optim import lora_plus, lora_rite, riemannian_adamw, stable_lora_shrink
 from stable_lora_jax.optim.hyperparameters import check_range
 
+# All leading axes of our adapters count layers. Said, because shapes alone do not tell where the rank is their number.
+STACK_AXES = "leading"
+
 METHODS = ("adamw", "stable-lora", "lora-plus", "riemannian", "lora-rite")
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -78,10 +81,10 @@ def make_optimizer(
             return optax.chain(clip, optax.adamw(learning_rate, weight_decay=weight_decay))
         case "stable-lora":
             adamw = optax.adamw(learning_rate, weight_decay=weight_decay)
-            return optax.chain(clip, adamw, stable_lora_shrink(lam))
+            return optax.chain(clip, adamw, stable_lora_shrink(lam, stack_axes=STACK_AXES))
         case "lora-plus":
-            return optax.chain(clip, lora_plus(learning_rate, ratio, weight_decay=weight_decay))
+            return optax.chain(clip, lora_plus(learning_rate, ratio, weight_decay=weight_decay, stack_axes=STACK_AXES))
         case "riemannian":
-            return optax.chain(clip, riemannian_adamw(learning_rate, weight_decay=weight_decay))
+            return optax.chain(clip, riemannian_adamw(learning_rate, weight_decay=weight_decay, stack_axes=STACK_AXES))
         case _:
-            return lora_rite(learning_rate, clip=clip_norm, weight_decay=weight_decay)
+            return lora_rite(learning_rate, clip=clip_norm, weight_decay=weight_decay, stack_axes=STACK_AXES)

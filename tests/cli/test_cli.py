@@ -83,6 +83,22 @@ def test_a_merged_export_scores_as_the_adapter_does(finished, model_dir, data_fi
     assert code_of(["export", finished, tmp_path / "merged", "--format", "merged"]) == 2
 
 
+def test_a_quantized_base_and_as_many_ranks_as_layers(train_flags, model_dir, data_file, tmp_path, capsys):
+    run, scores = tmp_path / "run", []
+    flags = [*train_flags, "--rank", 3, "--steps", 4, "--quantize", "int8", "--run-dir", run]
+    assert code_of(flags) == 0
+    assert json.loads((run / "config.json").read_text())["config"]["quantize"] == "int8"
+    for extra in ([], ["--adapter", run], ["--adapter", run, "--quantize", "int8"]):
+        capsys.readouterr()
+        assert code_of(["eval", "--model", model_dir, "--data", data_file, *extra]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["nll_token"])
+    # Trained on the quantized base, good on both, which are not the same.
+    assert max(scores[1:]) < scores[0]
+    assert 0 < abs(scores[1] - scores[2]) < 0.02
+    assert code_of([*train_flags, "--quantize", "int3", "--run-dir", run, "--overwrite"]) == 2
+    assert "nf4" in capsys.readouterr().err
+
+
 def test_limit_is_spread_evenly(model_dir, data_file, tmp_path):
     output = tmp_path / "scores.json"
     lines = data_file.read_text().splitlines()

@@ -88,6 +88,9 @@ def test_other_names_are_paired_by_the_smallest_shared_subtree():
         ((16, 3, 4), (4, 3, 8), (1,), (1,)),
         ((16, 3, 4), (4, 3, 8), (), ()),
         ((4, 16, 4), (4, 4, 8), (0,), (0,)),
+        ((4, 16, 4), (4, 4, 8), "leading", (0,)),  # as many layers as ranks
+        ((3, 5, 16, 4), (3, 5, 4, 8), "leading", (0, 1)),
+        ((16, 4), (4, 8), "leading", ()),
         ((16, 4), (4, 8), (1,), ()),  # a plain pair beside stacked ones
         ((16, 3, 4), (4, 3, 8), lambda name: (1,) if name == "q/lora" else (), (1,)),
     ],

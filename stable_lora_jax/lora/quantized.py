@@ -1,0 +1,105 @@
+"""Frozen weights in 8 or 4 bits, so that a larger base fits: QLoRA (arXiv 2305.14314), quantized by Qwix.
+
+Only the kernels of Linear layers are quantized: biases, norms, embeddings and the output layer keep their
+dtype, and so do adapters. A kernel is read back to the computation's dtype one layer at a time where it is used, in the
+forward pass and again in the backward pass, so no float copy of the base is ever held.
+
+Deviation from the paper: the scales of nf4 stay in float32 instead of being quantized once more, which takes 0.5 bit a
+weight instead of 0.127. On a CPU, XLA unpacks 4 bits to 8 while a step runs; stored, they are 4.
+"""
+
+import math
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import qwix
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from stable_lora_jax.lora.injection import linear_modules, replace_module
+
+QUANTIZATIONS = ("int8", "nf4")
+_NF4_BLOCK = 64
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class QuantizedLinear(nnx.Linear):
+    """y = x W + b with W = scale · value: a Linear layer that is frozen and small.
+
+    "int8" has one scale a column of W, whose largest entry is 127.5 steps. "nf4" gives each entry one of 16 values, the
+    quantiles of a normal distribution, and has one scale a column and block of 64 rows (gcd(64, n) rows if 64 does not
+    divide n).
+
+    Args:
+      linear: the layer to quantize; kernel (..., n, m), any leading axes.
+      kind: "int8" or "nf4".
+
+    Attributes:
+      kernel: the values as integers, int8 or uint4 (an index); shape (..., n, m).
+      scale: float32; shape (..., blocks, m), with one block for int8.
+      bias: as in `linear`.
+    """
+
+    def __init__(self, linear: nnx.Linear, kind: str):
+        # Not super().__init__, which would draw a float kernel first.
+        self.kind = kind
+        self.in_features, self.out_features, self.use_bias = linear.in_features, linear.out_features, linear.use_bias
+        self.dtype, self.preferred_element_type = linear.dtype, linear.preferred_element_type
+        value, scale = _quantize(linear.kernel[...], kind)
+        self.kernel, self.scale, self.bias = nnx.Param(value), nnx.Param(scale), linear.bias
+
+    def __call__(self, inputs: Float[Array, "*batch n"], out_sharding: None = None) -> Float[Array, "*batch m"]:
+        """As `nnx.Linear`."""
+        x = inputs.astype(self.dtype or inputs.dtype)
+        y = _product(x, self.kernel[...], self.scale[...], self.kind, self.preferred_element_type)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def quantize_linears(model: Model, kind: str) -> Model:
+    """Returns `model`, changed in place: each `nnx.Linear`, but for one called lm_head, is now a `QuantizedLinear`.
+
+    Adapters come after: `inject_lora` puts them around quantized layers as around others.
+
+    Args:
+      model: holds Linear layers at any depth, without adapters.
+      kind: "int8" or "nf4".
+
+    Raises:
+      ValueError: an unknown kind.
+
+    Example:
+      >>> model = quantize_linears(nnx.Sequential(nnx.Linear(64, 16, rngs=nnx.Rngs(0))), "int8")
+      >>> model.layers[0].kernel.dtype
+      dtype('int8')
+    """
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"quantize={kind!r} is unknown. Known: {', '.join(QUANTIZATIONS)}.")
+    for path, linear in linear_modules(model).items():
+        if path.rpartition(".")[2] != "lm_head":
+            replace_module(model, path, QuantizedLinear(linear, kind))
+    return model
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantize(kernel: Float[Array, "*stack n m"], kind: str) -> tuple[Array, Float[Array, "*stack blocks m"]]:
+    """Returns integers and scales, one matrix of the stack after the other: the search for nf4 takes 16 times it."""
+    *stack, fan_in, fan_out = kernel.shape
+    tiles = {0: math.gcd(_NF4_BLOCK, fan_in)} if kind == "nf4" else {}
+
+    def quantize(matrix: Float[Array, "n m"]) -> tuple[Array, Array]:
+        found = qwix.quantize(matrix.astype(jnp.float32), kind, channelwise_axes=(1,), tiled_axes=tiles)
+        return found.qvalue, found.scale
+
+    found = jax.lax.map(quantize, kernel.reshape(-1, fan_in, fan_out))
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), found)
+
+
+# Computed again in the backward pass: else the scan over layers would keep the kernels of all of them in float.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
+def _product(x: Array, value: Array, scale: Array, kind: str, preferred_element_type: DTypeLike | None) -> Array:
+    kernel = qwix.dequantize(qwix.QArray(value, scale, qtype=kind)).astype(x.dtype)
+    return jnp.matmul(x, kernel, preferred_element_type=preferred_element_type)

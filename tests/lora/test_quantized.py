@@ -1,0 +1,97 @@
+"""Quantized base weights: the right values, the same function, and no float copy while training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from stable_lora_jax.data import make_batch, right_branch_only
+from stable_lora_jax.lora import QuantizedLinear, inject_lora, lora_modules, merge_lora, quantize_linears
+from stable_lora_jax.lora.injection import linear_modules
+from stable_lora_jax.training import compile_step, init_state, make_loss, make_mesh, make_optimizer, split_model
+from stable_lora_jax.training.step import place
+from tests.models import tiny
+from tests.training.tiny_runs import VOCAB, questions, trees_equal
+
+LEVELS = {
+    "int8": np.arange(-128, 128),
+    # The quantiles of a normal distribution that 4 bits tell apart: QLoRA (arXiv 2305.14314), appendix E.
+    "nf4": np.array([
+        -1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1,
+    ]),
+}  # fmt: skip
+
+
+def read_back(linear, kind):
+    """What a layer holds, as kernels in float64, shape (..., n, m), and the scale of each entry."""
+    value, scale = np.int64(linear.kernel[...]), np.float64(linear.scale[...])
+    scale = np.repeat(scale, value.shape[-2] // scale.shape[-2], axis=-2)
+    return scale * LEVELS[kind][value + (128 if kind == "int8" else 0)], scale
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_every_weight_is_the_nearest_there_is_and_the_layer_multiplies_by_it(kind):
+    linear = nnx.Linear(128, 24, rngs=nnx.Rngs(0), bias_init=nnx.initializers.normal())
+    quantized, x = QuantizedLinear(linear, kind), jax.random.normal(jax.random.key(0), (5, 128))
+    kernel, (read, scale) = np.float64(linear.kernel[...]), read_back(quantized, kind)
+    blocks = kernel if kind == "int8" else kernel.reshape(2, 64, 24)
+    largest = np.abs(blocks).max(axis=-2, keepdims=True) / (127.5 if kind == "int8" else 1)
+    np.testing.assert_allclose(scale, np.broadcast_to(largest, blocks.shape).reshape(128, 24), rtol=1e-6)
+    distances = np.abs(scale[..., None] * LEVELS[kind] - kernel[..., None])
+    np.testing.assert_allclose(np.abs(read - kernel), distances.min(axis=-1), atol=1e-7)
+    # Float32 sums of 128.
+    np.testing.assert_allclose(quantized(x), np.float64(x) @ read + np.float64(linear.bias[...]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_scanned_decoder_is_the_one_with_the_kernels_read_back(kind):
+    model, reference = quantize_linears(tiny.decoder(), kind), tiny.decoder()
+    for path, linear in linear_modules(model.layers).items():
+        linear_modules(reference.layers)[path].kernel[...] = jnp.asarray(read_back(linear, kind)[0], jnp.float32)
+    # The same kernels up to float32's rounding of a scale times a level.
+    np.testing.assert_allclose(tiny.call(model, tiny.tokens()), tiny.call(reference, tiny.tokens()), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_training_moves_adapters_alone_and_holds_no_float_copy(kind):
+    model = tiny.decoder(vocab_size=VOCAB, hidden_size=256, intermediate_size=256, num_layers=7)
+    inject_lora(quantize_linears(model, kind), 2, 4.0, "qv", rngs=nnx.Rngs(1))
+    graph, adapters, frozen = split_model(model)
+    optimizer = make_optimizer("stable-lora", 1e-2, lam=0.05, ratio=4.0, weight_decay=0.0, clip_norm=1.0)
+    batch = make_batch([right_branch_only(question) for question in questions(2)], width=20)
+    state, mesh = init_state(adapters, optimizer), make_mesh()
+    step = compile_step(graph, make_loss("answer", 1), optimizer, mesh=mesh, frozen=frozen)
+    compiled = step.lower(state, frozen, batch).compile()
+    # Activations take 0.75 of the float kernels' bytes here, and XLA unpacks 4 bits to 8 on a CPU.
+    kernels = 7 * 3 * 256 * 256 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * kernels
+    before, losses = jax.tree.map(np.asarray, frozen), []
+    for _ in range(3):
+        state, metrics = compiled(state, frozen, batch)
+        losses.append(float(metrics.loss))
+    assert losses[2] < losses[1] < losses[0]
+    assert trees_equal(before, frozen)
+
+
+def test_values_are_split_over_a_mesh_as_kernels_are():
+    frozen = split_model(quantize_linears(tiny.decoder(vocab_size=VOCAB), "int8"))[2]
+    layers = place(make_mesh(fsdp=2, tensor=2), frozen).params["layers"]
+    assert layers["self_attn"]["q_proj"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert layers["mlp"]["down_proj"]["kernel"].spec == P(None, "tensor", "fsdp")
+    assert layers["mlp"]["down_proj"]["scale"].spec == P(None, None, None)
+
+
+def test_merging_is_refused():
+    model = inject_lora(quantize_linears(tiny.decoder(), "int8"), 2, 4.0, "qv", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"quantized at layers\.self_attn\.q_proj, .*without quantizing"):
+        merge_lora(model)
+    assert len(lora_modules(model)) == 2
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"quantize='int3' is unknown. Known: int8, nf4"):
+        quantize_linears(tiny.decoder(), "int3")
