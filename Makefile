@@ -1,10 +1,11 @@
 # Every target sets up what it needs: a virtual environment with the newest Python that works, and, for the parity
-# tests, one with the oldest Python supported and PyTorch.
+# tests, one with the oldest Python supported and PyTorch; what compiles for TPUs, one with their compiler.
 NEWEST := .venv
 OLDEST := .venv-torch
+TPU := .venv-tpu
 OUT := runs/demo
 
-.PHONY: demo test lint bench bench-optimizers clean
+.PHONY: demo test test-tpu lint bench bench-optimizers plan clean
 
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.demo --out $(OUT) $(if $(QUICK),--quick)
@@ -12,6 +13,10 @@ demo: $(NEWEST)/installed
 test: $(NEWEST)/installed $(OLDEST)/installed
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 	$(OLDEST)/bin/python -m pytest --numprocesses 2
+
+# Compiles for TPUs, without one. The other tests' simulated devices are in the way, so their conftest stays out.
+test-tpu: $(TPU)/installed
+	$(TPU)/bin/python -m pytest --confcutdir tests/tpu tests/tpu
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .
@@ -24,6 +29,9 @@ bench: $(NEWEST)/installed $(OLDEST)/installed
 bench-optimizers: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m experiments.bench_optimizers
 
+plan: $(TPU)/installed
+	$(TPU)/bin/python -m experiments.plan_tables
+
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -34,5 +42,10 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,torch]'
 	touch $@
 
+$(TPU)/installed: pyproject.toml constraints.txt
+	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(TPU)
+	$(TPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tpu]'
+	touch $@
+
 clean:
-	rm -rf $(NEWEST) $(OLDEST) build *.egg-info
+	rm -rf $(NEWEST) $(OLDEST) $(TPU) build *.egg-info

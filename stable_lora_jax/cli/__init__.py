@@ -1,4 +1,4 @@
-"""The command line: ``stable-lora train | eval | generate | export | export-plots``."""
+"""The command line: ``stable-lora train | eval | generate | export | export-plots | plan``."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
     from stable_lora_jax.cli.export import ExportConfig, export_command
     from stable_lora_jax.cli.generate import GenerateConfig, generate_command
+    from stable_lora_jax.cli.plan import PlanConfig, plan_command
     from stable_lora_jax.cli.plots import PlotsConfig, plots_command
     from stable_lora_jax.cli.train import TrainConfig, train_command
 
@@ -23,12 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         GenerateConfig: ("generate", generate_command),
         ExportConfig: ("export", export_command),
         PlotsConfig: ("export-plots", plots_command),
+        PlanConfig: ("plan", plan_command),
     }
     try:
         config = tyro.extras.subcommand_cli_from_dict(
             {name: kind for kind, (name, _) in commands.items()},
             prog="stable-lora",
-            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot.",
+            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot, plan.",
             args=arguments,
         )
         result = commands[type(config)][1](config)

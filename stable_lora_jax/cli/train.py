@@ -32,7 +32,7 @@ from stable_lora_jax.training import (
     make_optimizer,
     train,
 )
-from stable_lora_jax.training.sharding import AXES, check_rows
+from stable_lora_jax.training.sharding import AXES, check_decoder, check_rows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -153,6 +153,7 @@ def train_command(config: TrainConfig) -> TrainResult:
     _check_directory(config)
     dtype = DTYPES[config.dtype]
     model = load_model(config.model, dtype=dtype, param_dtype=dtype, remat=config.remat)
+    check_decoder(mesh, model)
     inject_lora(
         *(model, config.rank, config.alpha, config.targets),
         rngs=nnx.Rngs(config.seed),

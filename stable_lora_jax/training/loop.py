@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from stable_lora_jax.data import Batch, TrainBatches, prefetch
+from stable_lora_jax.models import Decoder
 from stable_lora_jax.optim import LoraRiteState, StableLoraState, lora_rite_report, stability, stable_lora_shrink
 from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training.checkpoints import checkpoints
 from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.metrics import MetricsFile
-from stable_lora_jax.training.sharding import batch_sharding, check_rows, make_mesh, replicated
+from stable_lora_jax.training.sharding import batch_sharding, check_decoder, check_rows, make_mesh, replicated
 from stable_lora_jax.training.step import StepMetrics, TrainState, compile_step, init_state, place, split_model
 
 
@@ -40,7 +41,7 @@ class TrainResult:
 
 
 def train(
-    model: nnx.Module,
+    model: Decoder,
     batches: TrainBatches,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
@@ -82,6 +83,7 @@ def train(
       ValueError: nothing to resume from, checkpoints of another run in `run_dir`, or a mesh that does not divide.
     """
     mesh = mesh or make_mesh()
+    check_decoder(mesh, model)
     graph, adapters, frozen = split_model(model)
     frozen = jax.device_put(frozen, place(mesh, frozen))
     # A copy: the state is donated step by step, and the model must stay whole if a step fails.
