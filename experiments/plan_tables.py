@@ -61,7 +61,8 @@ def main(config: PlanTablesConfig) -> None:
 def table(records: list[dict[str, Any]]) -> str:
     """Returns a Markdown table of the plans."""
     lines = [
-        "| model | slice | mesh | rows | memory a chip, GiB | TFLOP a chip | links, GiB a chip | binds | step, s | tokens a second |",
+        "| model | slice | mesh | rows | memory a chip, GiB | TFLOP a chip | links, GiB a chip | binds | step, s "
+        "| tokens a second |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:

@@ -140,9 +140,9 @@ def _table(record: dict) -> str:
             )
             for index, each in enumerate(record["collectives"])
         ),
-        ("milliseconds", ", ".join(f"{name} {value * 1e3:.1f}" for name, value in seconds.items())),
+        ("ms, each alone", ", ".join(f"{name} {value * 1e3:.1f}" for name, value in seconds.items())),
         ("binds", record["binds"]),
-        ("step", "{least:.3f} s if all overlaps, {most:.3f} s if nothing does".format(**record["step_seconds"])),
+        ("seconds", "{least:.3f} if all overlaps, {most:.3f} if nothing does".format(**record["step_seconds"])),
         ("tokens a second", "{least:,.0f} to {most:,.0f}".format(**record["tokens_per_second"])),
     ]
     if run := record.get("run"):

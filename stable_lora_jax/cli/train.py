@@ -148,7 +148,8 @@ def train_command(config: TrainConfig) -> TrainResult:
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
-    mesh = make_mesh(**parse_mesh(config.mesh))
+    sizes = parse_mesh(config.mesh)
+    mesh = make_mesh(*(sizes.get(axis, 1) for axis in AXES))
     check_rows(mesh, config.batch_size)
     _check_directory(config)
     dtype = DTYPES[config.dtype]

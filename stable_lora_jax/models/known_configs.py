@@ -3,9 +3,18 @@
 from stable_lora_jax.models.config import DecoderConfig, Llama3RopeScaling
 
 
-def _qwen2(layers: int, width: int, intermediate: int, heads: int, kv_heads: int, **changes: int | bool):
-    sizes = {"vocab_size": 151_936, "tie_embeddings": True} | changes
+def _qwen2(
+    layers: int,
+    width: int,
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    vocab_size: int = 151_936,
+    tie_embeddings: bool = True,
+) -> DecoderConfig:
     return DecoderConfig(
+        vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=intermediate,
         num_layers=layers,
@@ -16,11 +25,13 @@ def _qwen2(layers: int, width: int, intermediate: int, heads: int, kv_heads: int
         max_positions=131_072,
         rope_theta=1e6,
         qkv_bias=True,
-        **sizes,
+        tie_embeddings=tie_embeddings,
     )
 
 
-def _llama3(layers: int, width: int, intermediate: int, heads: int, *, rope_factor: float, tie_embeddings: bool):
+def _llama3(
+    layers: int, width: int, intermediate: int, heads: int, *, rope_factor: float, tie_embeddings: bool
+) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=128_256,
         hidden_size=width,

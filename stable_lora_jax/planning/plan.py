@@ -1,9 +1,9 @@
 """A plan: does a training step fit a TPU slice, how long does it take, what binds, what does a run cost.
 
-With libtpu installed the step is compiled for the slice, on any machine, and the figures are the compiler's. Without, they
-are estimated, and the plan says so. Either way no chip is asked: seconds are what the chips' published rates allow, from
-"everything overlaps" (the slowest of compute, memory and links alone) to "nothing does" (their sum). Real steps are
-seldom faster than the first.
+With libtpu installed the step is compiled for the slice, on any machine, and the figures are the compiler's. Without,
+they are estimated, and the plan says so. Either way no chip is asked: seconds are what the chips' published rates
+allow, from "everything overlaps" (the slowest of compute, memory and links alone) to "nothing does" (their sum). Real
+steps are seldom faster than the first.
 """
 
 import os
@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from stable_lora_jax.planning.program import Collective
 from stable_lora_jax.planning.topology import Topology
 from stable_lora_jax.planning.work import Work, abstract_mesh, compiled_work, estimated_work
-from stable_lora_jax.planning.workload import Workload, abstract_model, step_shapes
+from stable_lora_jax.planning.workload import Workload, step_shapes
+from stable_lora_jax.training import join_model
 from stable_lora_jax.training.sharding import AXES, check_decoder, check_rows, make_mesh
 
 
@@ -183,12 +184,12 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
     mesh = abstract_mesh(**full)
     if mesh.size != topology.chips:
         raise ValueError(
-            f"The mesh {_listed(full)} has {mesh.size} devices, and {topology} has {topology.chips} chips. Choose sizes "
-            f"whose product is {topology.chips}."
+            f"The mesh {_listed(full)} has {mesh.size} devices, and {topology} has {topology.chips} chips. Choose "
+            f"sizes whose product is {topology.chips}."
         )
     check_rows(mesh, workload.part().rows)
-    check_decoder(mesh, abstract_model(workload))
     shapes = step_shapes(workload)
+    check_decoder(mesh, join_model(shapes.graph, shapes.state.adapters, shapes.frozen))
     needs, versions, compiled = None, {"jax": jax.__version__}, None
     if use_compiler:
         devices = topology_devices(topology)
@@ -219,7 +220,7 @@ def has_tpu_compiler() -> bool:
     return find_spec("libtpu") is not None
 
 
-def topology_devices(topology: Topology) -> Sequence[jax.Device]:
+def topology_devices(topology: Topology) -> Sequence[Any]:
     """Returns devices of a slice that stand for chips nobody has: programs compile for them and do not run.
 
     Raises:
@@ -261,8 +262,8 @@ def _spanned(group: Sequence[int], mesh: Mesh) -> tuple[int, ...]:
 
 
 def _needed_bytes(message: str) -> int | None:
-    """Returns the bytes that libtpu says it needs when it refuses a program; None for any other message."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    """Returns the bytes that libtpu says a program needs when it refuses it for that; None for any other message."""
+    found = re.search(r"Ran out of memory.*?\(?([\d.]+)([KMGT])\)?\s+(?:of|exceeds)", message, re.DOTALL)
     return int(float(found[1]) * 1024 ** (" KMGT".index(found[2]))) if found else None
 
 

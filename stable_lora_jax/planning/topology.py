@@ -1,8 +1,8 @@
 """TPU chips and slices: what a chip can do by its published figures, and which links join the chips of a slice.
 
-Sources: the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of Google Cloud's TPU documentation. They give the links'
-rate for all ports of a chip and both directions together; one link in one direction carries it over 2 x ports. The page
-of v4 gives none: its six links of 50 GB/s are in arXiv 2304.01433, table 4.
+Sources: the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of Google Cloud's TPU documentation. They give the
+links' rate for all ports of a chip and both directions together; one link in one direction carries it over 2 x ports.
+The page of v4 gives none: its six links of 50 GB/s are in arXiv 2304.01433, table 4.
 """
 
 import math

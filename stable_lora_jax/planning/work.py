@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
 from stable_lora_jax.planning.program import Collective, read_collectives
@@ -122,7 +121,7 @@ def _expected_collectives(workload: Workload, shapes: StepShapes, mesh: AnyMesh,
         yield Collective("all-reduce", tuple(range(data * fsdp)), 1, _bytes(shapes.state.adapters), False)
 
 
-def _trace(workload: Workload, shapes: StepShapes) -> Jaxpr:
+def _trace(workload: Workload, shapes: StepShapes) -> Any:
     graph, loss, optimizer, *arguments = shapes
 
     def step(*arguments: Any) -> Any:
@@ -131,7 +130,7 @@ def _trace(workload: Workload, shapes: StepShapes) -> Jaxpr:
     return jax.make_jaxpr(step)(*arguments).jaxpr
 
 
-def dot_flops(jaxpr: Jaxpr) -> int:
+def dot_flops(jaxpr: Any) -> int:
     """Returns the FLOPs of all matrix products in a program, loops over layers and parts counted in full."""
     total = 0
     for eqn in jaxpr.eqns:
@@ -144,7 +143,7 @@ def dot_flops(jaxpr: Jaxpr) -> int:
     return total
 
 
-def _kept_bytes(jaxpr: Jaxpr) -> int:
+def _kept_bytes(jaxpr: Any) -> int:
     """Returns the bytes of the largest stack that a loop over layers leaves behind, for the backward pass to read."""
     kept = 0
     for eqn in jaxpr.eqns:
@@ -158,9 +157,10 @@ def _kept_bytes(jaxpr: Jaxpr) -> int:
     return kept
 
 
-def _inner(eqn: Any) -> list[Jaxpr]:
-    nodes = jax.tree.leaves(eqn.params, is_leaf=lambda node: isinstance(node, (ClosedJaxpr, Jaxpr)))
-    return [node.jaxpr if isinstance(node, ClosedJaxpr) else node for node in nodes if hasattr(node, "eqns")]
+def _inner(eqn: Any) -> list[Any]:
+    """Returns the programs inside an equation: bodies of loops, branches, called functions."""
+    nodes = jax.tree.leaves(eqn.params, is_leaf=lambda node: hasattr(node, "eqns"))
+    return [getattr(node, "jaxpr", node) for node in nodes if hasattr(node, "eqns")]
 
 
 def _split_bytes(params: Any, mesh: AnyMesh) -> int:

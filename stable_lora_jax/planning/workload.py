@@ -1,5 +1,6 @@
 """The training step as shapes: the real one of `training.compile_step`, of a model that has no weights yet."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -115,6 +116,7 @@ def abstract_model(workload: Workload, *, unroll: bool = False) -> Decoder:
     return nnx.eval_shape(build)
 
 
+@functools.lru_cache(maxsize=2)
 def step_shapes(workload: Workload, *, unroll: bool = False) -> StepShapes:
     """Returns the step and its arguments in shapes. The rates in it are of no consequence: the program is the same."""
     graph, adapters, frozen = split_model(abstract_model(workload, unroll=unroll))
@@ -124,8 +126,8 @@ def step_shapes(workload: Workload, *, unroll: bool = False) -> StepShapes:
     def integers(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    row, targets = (workload.rows, workload.length), (workload.rows, workload.num_targets)
-    batch = Batch(*(integers(*row) for _ in range(3)), *(integers(*targets) for _ in range(3)), integers(workload.rows))
+    row, targets = integers(workload.rows, workload.length), integers(workload.rows, workload.num_targets)
+    batch = Batch(row, row, row, targets, targets, targets, integers(workload.rows))
     state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), adapters)
     return StepShapes(graph, make_loss("answer", 1), optimizer, state, frozen, batch)
 

@@ -7,7 +7,7 @@ and repeated everywhere.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -33,7 +33,7 @@ _FROZEN_RULES = (
 )
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh over the first data · fsdp · tensor devices.
 
     A mesh of all devices of a TPU slice is laid out so that neighbours in it are neighbours in the slice.

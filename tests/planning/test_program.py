@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stable_lora_jax.planning import Collective, read_collectives
 
+# ruff: noqa: E501
 # The forms that the TPU compiler writes, cut down: a loop of 16 around an asynchronous gather, and one reduction after.
 TPU_TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=16
 
@@ -20,7 +21,7 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=16
 %body (state: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %state = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
   %w = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
-  %start = (bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0}, u32[]{:S(2)}) all-gather-start(%w), channel_id=1, replica_groups=[4,4]<=[4,4]T(1,0), dimensions={0}, use_global_device_ids=true
+  %start = (bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0}, u32[]{:S(2)}) all-gather-start(%w), channel_id=1, replica_groups=[4,4]<=[4,4]T(1,0), dimensions={0}
   %done = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather-done(%start)
   ROOT %next = (s32[], bf16[4,8]) tuple(%i, %w)
 }
@@ -33,12 +34,12 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=16
 
 %overlapped (q: bf16[4,8]) -> bf16[8,8] {
   %q = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %g = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=9, replica_groups=mesh['data'=8,'fsdp'=2] {'fsdp'}, dimensions={0}, use_global_device_ids=true
+  ROOT %g = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=9, replica_groups=mesh['data'=8,'fsdp'=2] {'fsdp'}, dimensions={0}
 }
 
 %overlapped.1 (q: bf16[4,8]) -> bf16[8,8] {
   %q = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %g.1 = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=9, replica_groups=mesh['data'=8,'fsdp'=2] {'fsdp'}, dimensions={0}, use_global_device_ids=true
+  ROOT %g.1 = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=9, replica_groups=mesh['data'=8,'fsdp'=2] {'fsdp'}, dimensions={0}
 }
 
 ENTRY %main (p: bf16[4,8]) -> f32[2,3] {

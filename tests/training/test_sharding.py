@@ -56,6 +56,6 @@ def test_fsdp_gathers_one_layer_at_a_time(sizes, remat):
     assert all(each.in_loop and each.runs == 12 for each in weights)
     assert max(each.result_bytes for each in weights) == LARGEST // sizes[2]
     # Beside one layer the program may copy the part of the stack that a device holds anyway.
-    data, fsdp, tensor = sizes
+    _, fsdp, tensor = sizes
     allowed = 12 * LAYER // (fsdp * tensor) + 3 * LAYER
     assert compiled.memory_analysis().temp_size_in_bytes < allowed < 12 * LAYER // tensor
