@@ -284,7 +284,9 @@ class Decoder(nnx.Module):
             return carry, nnx.split(layer, nnx.Param, ...)[2]
 
         if self.remat or self.placement is not _AS_IT_IS:
-            step = jax.checkpoint(step, prevent_cse=False, policy=None if self.remat else _saved)
+            # A loop keeps the passes apart; written out, the compiler would find the second one superfluous.
+            written_out = self.unroll >= config.num_layers
+            step = jax.checkpoint(step, prevent_cse=written_out, policy=None if self.remat else _saved)
         hidden = self.placement.rows(self.embed_tokens(tokens).astype(self.dtype))
         xs = (jnp.arange(config.num_layers), params, rest)
         (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs, unroll=self.unroll)

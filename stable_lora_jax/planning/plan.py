@@ -230,7 +230,9 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
         raise ValueError("libtpu is not installed, so nothing compiles for TPUs. Install stable-lora-jax[tpu].")
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask about itself
+    # There is no TPU machine to ask about itself.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices
     except jax.errors.JaxRuntimeError as error:

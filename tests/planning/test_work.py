@@ -33,6 +33,14 @@ def test_parts_do_the_work_of_the_whole(compiled):
     assert parts.flops == pytest.approx(compiled.flops, rel=0.05)  # the optimizer is counted with each part
 
 
+def test_what_is_computed_again_is_counted():
+    def flops(remat):
+        workload = replace(WORKLOAD.shallow(1), remat=remat)
+        return lower(workload, make_mesh(), unroll=True).compile().cost_analysis()["flops"]
+
+    assert flops(True) > 1.1 * flops(False)
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_the_estimate_knows_what_lies_between_steps(sizes):
     memory = lower(WORKLOAD, make_mesh(*sizes)).compile().memory_analysis()

@@ -10,15 +10,17 @@ import pytest
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
 from stable_lora_jax.planning import (
     Workload,
-    compiled_work,
     estimated_work,
+    lower,
     parse_topology,
     plan_step,
+    read_collectives,
     topology_devices,
 )
 from stable_lora_jax.planning.work import abstract_mesh
 from stable_lora_jax.training import make_mesh
 
+METHODS = ("stable-lora", "adamw")
 CASES = [
     ("llama-3.2-1b", "v5e:4x4", {"fsdp": 16}),
     ("qwen2-0.5b", "v5e:4x4", {"data": 2, "fsdp": 8}),
@@ -33,46 +35,51 @@ def workload(model, method="stable-lora"):
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def case(request):
-    """The case, and its Stable-LoRA step compiled."""
-    model, topology, sizes = request.param
-    topology = parse_topology(topology)
-    return model, topology, sizes, plan_step(workload(model), topology, sizes, use_compiler=True)
+    """The case, and its step compiled with Stable-LoRA and with AdamW."""
+    model, name, sizes = request.param
+    topology = parse_topology(name)
+    mesh = make_mesh(**sizes, devices=topology_devices(topology))
+    return model, topology, sizes, [lower(workload(model, method), mesh).compile() for method in METHODS]
 
 
 def test_it_fits(case):
-    _, topology, _, plan = case
-    assert plan.source == "compiled"
-    assert plan.fits
-    assert plan.memory < topology.chip.hbm
+    model, topology, sizes, (compiled, _) = case
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < topology.chip.hbm
+    full = {axis: sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor")}
+    estimate = estimated_work(workload(model), abstract_mesh(**full))
+    assert memory.argument_size_in_bytes == pytest.approx(estimate.arguments, rel=0.1)
 
 
 def test_the_shrink_costs_next_to_nothing(case):
-    model, topology, sizes, plan = case
-    adamw = compiled_work(workload(model, "adamw"), make_mesh(**sizes, devices=topology_devices(topology)))
-    assert 1 <= plan.work.flops / adamw.flops <= 1.001
-    assert plan.work.bytes_accessed / adamw.bytes_accessed <= 1.001
+    """The loop over layers counts once here, so the optimizer's share is larger than it is."""
+    ours, adamw = (compiled.cost_analysis() for compiled in case[3])
+    assert 1 <= ours["flops"] / adamw["flops"] <= 1.001
+    assert ours["bytes accessed"] / adamw["bytes accessed"] <= 1.001
 
 
 def test_weights_are_gathered_a_layer_at_a_time(case):
-    model, _, sizes, plan = case
+    model, topology, sizes, (compiled, _) = case
     config = KNOWN_CONFIGS[model]
     largest = 2 * config.hidden_size * config.intermediate_size // sizes.get("tensor", 1)
-    gathers = [each for each in plan.work.collectives if each.kind == "all-gather" and each.result_bytes >= largest]
+    found = read_collectives(compiled.as_text(), topology.chips)
+    gathers = [each for each in found if each.kind == "all-gather" and each.result_bytes >= largest]
     in_layers = [each for each in gathers if each.in_loop]
     assert in_layers
-    assert max(each.result_bytes for each in in_layers) <= largest
-    assert all(each.runs % config.num_layers == 0 for each in in_layers)
+    assert max(each.result_bytes for each in in_layers) == largest
+    assert {each.runs for each in in_layers} == {config.num_layers}
     # Outside the layers only the embedding is gathered.
     embedding = 2 * config.vocab_size * config.hidden_size // sizes.get("tensor", 1)
     assert all(each.result_bytes <= embedding for each in gathers)
 
 
-def test_the_estimate_is_near(case):
-    model, _, sizes, plan = case
-    full = {axis: sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor")}
-    estimate = estimated_work(workload(model), abstract_mesh(**full))
+def test_a_whole_plan():
+    topology = parse_topology("v5e:4x4")
+    plan = plan_step(workload("qwen2-0.5b"), topology, {"data": 2, "fsdp": 8}, use_compiler=True)
+    assert plan.source == "compiled"
+    assert plan.fits
+    estimate = estimated_work(workload("qwen2-0.5b"), abstract_mesh(2, 8, 1))
     assert estimate.flops == pytest.approx(plan.work.flops, rel=0.25)
-    assert plan.work.arguments == pytest.approx(estimate.arguments, rel=0.1)
     assert 0.3 < estimate.memory / plan.work.memory < 3
 
 
