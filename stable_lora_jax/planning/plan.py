@@ -230,14 +230,15 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
         raise ValueError("libtpu is not installed, so nothing compiles for TPUs. Install stable-lora-jax[tpu].")
     from jax.experimental import topologies
 
-    # There is no TPU machine to ask about itself.
+    # There is no TPU machine to ask about itself, and no chip that another process could hold.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"libtpu has no slice {topology}: {str(error).splitlines()[0]} Choose a shape that is offered, such as "
+            f"libtpu gives no slice {topology}: {str(error).splitlines()[0]} Choose a shape that is offered, such as "
             "v5e:4x4, v5e:16x16, v5p:2x2x2 or v6e:4x4."
         ) from None
 
