@@ -1,11 +1,12 @@
 # Every target sets up what it needs: a virtual environment with the newest Python that works, and, for the parity
-# tests, one with the oldest Python supported and PyTorch.
+# tests, one with the oldest Python supported and PyTorch; what compiles for TPUs, one with their compiler.
 NEWEST := .venv
 OLDEST := .venv-torch
 TUNIX := .venv-tunix
+TPU := .venv-tpu
 OUT := runs/demo
 
-.PHONY: environments demo test test-tunix lint bench bench-optimizers quantize clean
+.PHONY: environments demo test test-tunix test-tpu lint bench bench-optimizers quantize plan clean
 
 environments: $(NEWEST)/installed $(OLDEST)/installed
 
@@ -18,6 +19,10 @@ test: $(NEWEST)/installed $(OLDEST)/installed
 
 test-tunix: $(TUNIX)/installed
 	$(TUNIX)/bin/python -m pytest tests/ecosystem/test_tunix.py
+
+# Compiles for TPUs, without one. The other tests' simulated devices are in the way, so their conftest stays out.
+test-tpu: $(TPU)/installed
+	$(TPU)/bin/python -m pytest --confcutdir tests/tpu tests/tpu
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .
@@ -32,6 +37,9 @@ bench-optimizers: $(OLDEST)/installed
 
 quantize: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.quantize
+
+plan: $(TPU)/installed
+	$(TPU)/bin/python -m experiments.plan_tables
 
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(NEWEST)
@@ -53,5 +61,10 @@ $(TUNIX)/installed: $(NEWEST)/installed Makefile
 	    perfetto==0.59.1 sentencepiece==0.2.3 wrapt==2.5.2
 	touch $@
 
+$(TPU)/installed: pyproject.toml constraints.txt
+	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(TPU)
+	$(TPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tpu]'
+	touch $@
+
 clean:
-	rm -rf $(NEWEST) $(OLDEST) $(TUNIX) build *.egg-info
+	rm -rf $(NEWEST) $(OLDEST) $(TUNIX) $(TPU) build *.egg-info

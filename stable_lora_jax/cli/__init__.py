@@ -1,4 +1,4 @@
-"""The command line: ``stable-lora train | eval | generate | export | export-plots | watch``."""
+"""The command line: ``stable-lora train | eval | generate | export | export-plots | watch | plan``."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
     from stable_lora_jax.cli.export import ExportConfig, export_command
     from stable_lora_jax.cli.generate import GenerateConfig, generate_command
+    from stable_lora_jax.cli.plan import PlanConfig, plan_command
     from stable_lora_jax.cli.plots import PlotsConfig, plots_command
     from stable_lora_jax.cli.train import TrainConfig, train_command
     from stable_lora_jax.cli.watch import WatchConfig, watch_command
@@ -29,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ExportConfig: ("export", export_command),
         PlotsConfig: ("export-plots", plots_command),
         WatchConfig: ("watch", watch_command),
+        PlanConfig: ("plan", plan_command),
     }
     try:
         config = tyro.extras.subcommand_cli_from_dict(
             {name: kind for kind, (name, _) in commands.items()},
             prog="stable-lora",
-            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot, watch.",
+            description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot, watch, plan.",
             args=arguments,
         )
         result = commands[type(config)][1](config)

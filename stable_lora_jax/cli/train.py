@@ -41,7 +41,7 @@ from stable_lora_jax.training import (
     train,
     wait_for_all,
 )
-from stable_lora_jax.training.sharding import AXES, check_rows
+from stable_lora_jax.training.sharding import AXES, check_decoder, check_rows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -205,11 +205,13 @@ def train_command(config: TrainConfig) -> TrainResult:
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
-    mesh = make_mesh(**parse_mesh(config.mesh))
+    sizes = parse_mesh(config.mesh)
+    mesh = make_mesh(*(sizes.get(axis, 1) for axis in AXES))
     check_rows(mesh, config.batch_size)
     resume = _check_directory(config)
     model = load_base(config.model, config.dtype, config.quantize, remat=config.remat)
     check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
+    check_decoder(mesh, model)
     inject_lora(
         *(model, config.rank, config.alpha, config.targets),
         rngs=nnx.Rngs(config.seed),

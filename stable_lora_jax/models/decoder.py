@@ -8,8 +8,9 @@ Attribute names follow Hugging Face, so a path here is a path there without the 
 Normalisation, rotary embedding, softmax and logits are float32 whatever the computation dtype.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,27 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
+class Placement(NamedTuple):
+    """Says where arrays are to live while they are used; a caller may set `Decoder.placement` to one.
+
+    Attributes:
+      weights: (path, parameters) -> the same, put together from the devices they are split over. It is given one layer
+        ("layers"), or the output layer, right before use, so that no more need be whole at a time.
+      rows: activations, split over devices by their first axis.
+    """
+
+    weights: Callable[[str, Any], Any]
+    rows: Callable[[Hidden], Hidden]
+
+
+_AS_IT_IS = Placement(weights=lambda path, params: params, rows=lambda hidden: hidden)
+
+
+def _saved(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether the backward pass may keep a result: all but gathered weights, which are gathered again."""
+    return primitive.name != "sharding_constraint"
+
+
 class Decoder(nnx.Module):
     """A causal language model of the Llama or Qwen2 architecture.
 
@@ -124,6 +146,7 @@ class Decoder(nnx.Module):
         dtype: of the computation.
         param_dtype: of the stored parameters.
         remat: recompute each layer in the backward pass instead of storing its intermediate values.
+        unroll: layers in one iteration of the loop over them; more take longer to compile.
 
     Example:
         >>> import jax.numpy as jnp
@@ -148,8 +171,10 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         remat: bool = False,
+        unroll: int = 1,
     ):
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
+        self.placement = _AS_IT_IS
         width = config.hidden_size
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -232,8 +257,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits of normalised hidden states, over any leading axes."""
         if self.lm_head is not None:
-            return self.lm_head(hidden)
-        embedding = self.embed_tokens.embedding[...].astype(self.dtype)
+            graph, params = nnx.split(self.lm_head)
+            return nnx.merge(graph, self.placement.weights("lm_head", params))(hidden)
+        embedding = self.placement.weights("embed_tokens.embedding", self.embed_tokens.embedding[...]).astype(
+            self.dtype
+        )
         return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
     def _run(self, tokens, positions, visible, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
@@ -250,14 +278,17 @@ class Decoder(nnx.Module):
         def step(carry, xs):
             hidden, cache = carry
             index, params, rest = xs
-            layer = nnx.merge(graph, params, rest)
+            hidden = self.placement.rows(hidden)
+            layer = nnx.merge(graph, self.placement.weights("layers", params), rest)
             carry = layer(hidden, sight, cache, index)
             return carry, nnx.split(layer, nnx.Param, ...)[2]
 
-        if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False)
-        hidden = self.embed_tokens(tokens).astype(self.dtype)
+        if self.remat or self.placement is not _AS_IT_IS:
+            # A loop keeps the passes apart; written out, the compiler would find the second one superfluous.
+            written_out = self.unroll >= config.num_layers
+            step = jax.checkpoint(step, prevent_cse=written_out, policy=None if self.remat else _saved)
+        hidden = self.placement.rows(self.embed_tokens(tokens).astype(self.dtype))
         xs = (jnp.arange(config.num_layers), params, rest)
-        (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs)
+        (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs, unroll=self.unroll)
         nnx.update(self.layers, rest)
-        return self.norm(hidden), cache
+        return self.norm(self.placement.rows(hidden)), cache

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from stable_lora_jax.data import BatchRows, TrainBatches, prefetch
+from stable_lora_jax.models import Decoder
 from stable_lora_jax.optim import LoraRiteState, StableLoraState, lora_rite_report, stability, stable_lora_shrink
 from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training.checkpoints import checkpoints
@@ -32,7 +33,7 @@ from stable_lora_jax.training.loggers import Logger, make_logger
 from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.methods import STACK_AXES
 from stable_lora_jax.training.metrics import MetricsFile
-from stable_lora_jax.training.sharding import batch_sharding, check_rows, make_mesh, replicated
+from stable_lora_jax.training.sharding import batch_sharding, check_decoder, check_rows, make_mesh, replicated
 from stable_lora_jax.training.step import StepMetrics, TrainState, compile_step, init_state, place, split_model
 
 
@@ -50,7 +51,7 @@ class TrainResult:
 
 
 def train(
-    model: nnx.Module,
+    model: Decoder,
     batches: TrainBatches,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
@@ -104,6 +105,7 @@ def train(
     mesh = mesh or make_mesh()
     by_rows, everywhere = batch_sharding(mesh), replicated(mesh)
     check_rows(mesh, batches.batch_size)
+    check_decoder(mesh, model)
     graph, adapters, frozen = split_model(model)
     frozen = to_mesh(frozen, place(mesh, frozen))
     # A copy: the state is donated step by step, and the model must stay whole if a step fails.

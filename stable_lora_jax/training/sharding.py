@@ -7,13 +7,21 @@ and repeated everywhere.
 
 import math
 import re
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from stable_lora_jax.models.decoder import Decoder, Placement
 
 AXES = ("data", "fsdp", "tensor")
+
+# An abstract mesh has sizes and no devices: enough to say what each device would hold.
+AnyMesh: TypeAlias = Mesh | AbstractMesh
 
 # First match wins; paths are dotted. The last axes of a parameter take the rule's, further leading ones (layers) none.
 _FROZEN_RULES = (
@@ -25,13 +33,19 @@ _FROZEN_RULES = (
 )
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh over the first data · fsdp · tensor devices.
+
+    A mesh of all devices of a TPU slice is laid out so that neighbours in it are neighbours in the slice.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes.
+      devices: to choose from, e.g. those of a slice that is only compiled for; all that are attached if None.
 
     Raises:
       ValueError: a size below one, more devices asked for than there are, or, among several processes, fewer.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or math.prod(sizes) > len(devices):
         raise ValueError(
@@ -43,20 +57,22 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} leaves some of the {len(devices)} devices of "
             f"{jax.process_count()} processes without work. Choose sizes with a product of {len(devices)}."
         )
-    return Mesh(np.reshape(devices[: math.prod(sizes)], sizes), AXES)
+    if math.prod(sizes) == len(devices):
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
+    return Mesh(np.reshape(np.array(devices[: math.prod(sizes)]), sizes), AXES)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Returns the sharding of a batch: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_rows(mesh: Mesh, rows: int) -> None:
+def check_rows(mesh: AnyMesh, rows: int) -> None:
     """Raises ValueError unless a batch of so many rows can be split over the mesh."""
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     if rows % (data * fsdp):
@@ -66,17 +82,30 @@ def check_rows(mesh: Mesh, rows: int) -> None:
         )
 
 
-def frozen_shardings(mesh: Mesh, frozen: nnx.State) -> nnx.State:
+def check_decoder(mesh: AnyMesh, decoder: Decoder) -> None:
+    """Raises ValueError unless the mesh divides the decoder: ``tensor`` its heads, all axes the widths they split."""
+    config, tensor = decoder.config, mesh.shape["tensor"]
+    for name in ("num_heads", "num_kv_heads"):
+        if (heads := getattr(config, name)) % tensor:
+            shared = math.gcd(config.num_heads, config.num_kv_heads)
+            raise ValueError(
+                f"The mesh axis tensor={tensor} does not divide the model's {name}={heads}; a head is not split. "
+                f"Choose tensor among {', '.join(str(n) for n in range(1, shared + 1) if shared % n == 0)}, and spread "
+                "the other devices over data and fsdp."
+            )
+    frozen_shardings(mesh, nnx.as_pure(nnx.state(decoder, nnx.Param)))
+
+
+def frozen_shardings(mesh: AnyMesh, frozen: nnx.State) -> nnx.State:
     """Returns a sharding for every frozen parameter, by the table of rules.
 
     Raises:
       ValueError: an axis that the mesh does not divide (parameter and sizes named).
     """
 
-    def shard(path: tuple[object, ...], leaf: jax.Array) -> NamedSharding:
-        name = ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path).removesuffix(".value")
-        rule = next(rule for pattern, rule in _FROZEN_RULES if re.fullmatch(pattern, name))
-        spec = (*(None,) * (leaf.ndim - len(rule)), *rule)
+    def shard(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        name = _dotted(path)
+        spec = _spec(name, leaf.ndim)
         for size, axis in zip(leaf.shape, spec, strict=True):
             if axis and size % mesh.shape[axis]:
                 raise ValueError(
@@ -86,3 +115,30 @@ def frozen_shardings(mesh: Mesh, frozen: nnx.State) -> nnx.State:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(shard, frozen)
+
+
+def placement_on(mesh: Mesh) -> Placement:
+    """Returns where a step's arrays live while they are used.
+
+    Weights come out whole over fsdp, and split over tensor as they were; activations stay split by rows. Left to
+    itself, the partitioner may gather a batch instead of a weight, and hold results of the whole batch.
+    """
+
+    def weights(path: str, params: Any) -> Any:
+        def whole(inner: tuple[object, ...], leaf: jax.Array) -> jax.Array:
+            name = ".".join(filter(None, (path, _dotted(inner))))
+            spec = (None if axis == "fsdp" else axis for axis in _spec(name, leaf.ndim))
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+        return jax.tree_util.tree_map_with_path(whole, params)
+
+    return Placement(weights, lambda hidden: jax.lax.with_sharding_constraint(hidden, batch_sharding(mesh)))
+
+
+def _spec(name: str, ndim: int) -> tuple[str | None, ...]:
+    rule = next(rule for pattern, rule in _FROZEN_RULES if re.fullmatch(pattern, name))
+    return (*(None,) * (ndim - len(rule)), *rule)
+
+
+def _dotted(path: tuple[object, ...]) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path).removesuffix(".value")

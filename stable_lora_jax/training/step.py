@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from stable_lora_jax.data import Batch
+from stable_lora_jax.models.decoder import Placement
 from stable_lora_jax.optim import StableLoraState
 from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training.loss import Loss
-from stable_lora_jax.training.sharding import batch_sharding, frozen_shardings, replicated
+from stable_lora_jax.training.sharding import batch_sharding, frozen_shardings, placement_on, replicated
 
 
 class TrainState(NamedTuple):
@@ -77,6 +78,7 @@ def train_step(
     state: TrainState,
     frozen: Frozen,
     batch: Batch,
+    placement: Placement | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Returns the next state and the metrics of the step.
 
@@ -89,10 +91,14 @@ def train_step(
       state: where training stands; donate it.
       frozen: the base model.
       batch: B rows, B a multiple of `accumulate`.
+      placement: where arrays live while they are used; as they come if None.
     """
 
     def loss_sum(adapters: nnx.State, part: Batch, random: nnx.State) -> tuple[Array, Array]:
-        return loss(join_model(graph, adapters, Frozen(frozen.params, random)), part)
+        model = join_model(graph, adapters, Frozen(frozen.params, random))
+        if placement is not None:
+            model.placement = placement
+        return loss(model, part)
 
     def add_part(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
         index, part = numbered
@@ -134,8 +140,9 @@ def compile_step(
     """
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(graph, loss, optimizer, accumulate, state, frozen, batch)
+        return train_step(graph, loss, optimizer, accumulate, state, frozen, batch, placement)
 
+    placement = placement_on(mesh) if mesh.size > 1 else None
     everywhere = replicated(mesh)
     return jax.jit(
         step,

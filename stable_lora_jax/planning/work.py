@@ -1,0 +1,178 @@
+"""What one chip does and holds in one step: from the compiled program, or estimated where there is no compiler.
+
+XLA counts a loop's body once, whatever its trip count. So FLOPs and bytes come from the same step with one and with two
+layers written out: their difference is a layer, and every further layer costs that again. Memory and collectives are
+those of the whole program.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from stable_lora_jax.planning.program import Collective, read_collectives
+from stable_lora_jax.planning.workload import StepShapes, Workload, lower, step_shapes
+from stable_lora_jax.training.sharding import AnyMesh, frozen_shardings
+from stable_lora_jax.training.step import train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One chip's share of one step; sizes in bytes.
+
+    Attributes:
+      flops: floating point operations.
+      bytes_accessed: moved between memory and chip.
+      collectives: exchanged between chips.
+      arguments: state, frozen weights and batch, as they lie between steps.
+      temporaries: the most that a step holds besides.
+      outputs: the next state and the metrics.
+      aliased: of the outputs, what takes the place of arguments.
+    """
+
+    flops: float
+    bytes_accessed: float
+    collectives: tuple[Collective, ...]
+    arguments: int
+    temporaries: int
+    outputs: int
+    aliased: int
+
+    @property
+    def memory(self) -> int:
+        """All that a chip holds at most."""
+        return self.arguments + self.temporaries + self.outputs - self.aliased
+
+
+def compiled_work(workload: Workload, mesh: Mesh) -> Work:
+    """Returns the work of the compiled step.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler refuses, e.g. because the step does not fit.
+    """
+    compiled = lower(workload, mesh).compile()
+    memory: Any = compiled.memory_analysis()
+    few = 1 if workload.rank > 2 else 3  # as many layers as ranks would make the adapters' layout ambiguous
+    one, two = (_cost(lower(workload.part().shallow(few + more), mesh, unroll=True)) for more in (0, 1))
+    further = workload.config.num_layers - few
+    flops, moved = (workload.accumulate * (a + further * (b - a)) for a, b in zip(one, two, strict=True))
+    return Work(
+        flops=flops,
+        bytes_accessed=moved,
+        collectives=tuple(read_collectives(compiled.as_text() or "", mesh.size)),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+    )
+
+
+def _cost(lowered: jax.stages.Lowered) -> tuple[float, float]:
+    cost: Any = lowered.compile().cost_analysis()
+    return cost["flops"], cost["bytes accessed"]
+
+
+def estimated_work(workload: Workload, mesh: AnyMesh) -> Work:
+    """Returns what the step should cost, from its trace and the shardings alone.
+
+    FLOPs of the matrix products and the size of what the forward pass keeps are counted in the traced step. The rest
+    is a rule of thumb: weights are gathered over fsdp and read once in each pass, activations are written and read
+    once, and two layers' gathered weights and three copies of the logits are held besides.
+    """
+    shapes = step_shapes(workload)
+    data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
+    jaxpr = _trace(workload, shapes)
+    parts, passes = workload.accumulate, 3 if workload.remat else 2
+    state = _bytes(shapes.state)
+    frozen = _split_bytes(shapes.frozen.params, mesh)
+    layers = _bytes(shapes.frozen.params["layers"]) // tensor
+    gathered = _bytes(shapes.frozen.params) // tensor  # what a chip reads, a layer at a time
+    kept = _kept_bytes(jaxpr) // (data * fsdp)
+    rows = workload.rows // (parts * data * fsdp)
+    logits = 4 * rows * workload.num_targets * workload.config.vocab_size // tensor
+    whole_layers = 2 * layers // workload.config.num_layers + (gathered - layers) if fsdp > 1 else 0
+    return Work(
+        flops=dot_flops(jaxpr) / mesh.size,
+        bytes_accessed=float(parts * (passes * gathered + 2 * kept + 4 * logits) + 4 * state),
+        collectives=tuple(_expected_collectives(workload, shapes, mesh, passes)),
+        arguments=state + frozen + _bytes(shapes.batch) // (data * fsdp),
+        temporaries=kept + 3 * logits + whole_layers,
+        outputs=state,
+        aliased=state,
+    )
+
+
+def _expected_collectives(workload: Workload, shapes: StepShapes, mesh: AnyMesh, passes: int) -> Iterator[Collective]:
+    data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
+    layers, parts = workload.config.num_layers, workload.accumulate
+    if fsdp > 1:
+        weights = _bytes(shapes.frozen.params["layers"]) // (tensor * layers)
+        yield Collective("all-gather", tuple(range(fsdp)), passes * layers * parts, weights, True)
+    if tensor > 1:
+        # After attention and after the feed-forward part, in every pass.
+        tokens = workload.tokens // (parts * data * fsdp)
+        activations = tokens * workload.config.hidden_size * jnp.dtype(workload.dtype).itemsize
+        yield Collective("all-reduce", tuple(range(tensor)), 2 * passes * layers * parts, activations, True)
+    if data * fsdp > 1:
+        yield Collective("all-reduce", tuple(range(data * fsdp)), 1, _bytes(shapes.state.adapters), False)
+
+
+def _trace(workload: Workload, shapes: StepShapes) -> Any:
+    graph, loss, optimizer, *arguments = shapes
+
+    def step(*arguments: Any) -> Any:
+        return train_step(graph, loss, optimizer, workload.accumulate, *arguments)
+
+    return jax.make_jaxpr(step)(*arguments).jaxpr
+
+
+def dot_flops(jaxpr: Any) -> int:
+    """Returns the FLOPs of all matrix products in a program, loops over layers and parts counted in full."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += times * sum(dot_flops(inner) for inner in _inner(eqn))
+    return total
+
+
+def _kept_bytes(jaxpr: Any) -> int:
+    """Returns the bytes of the largest stack that a loop over layers leaves behind, for the backward pass to read."""
+    kept = 0
+    for eqn in jaxpr.eqns:
+        inner = _inner(eqn)
+        kept = max(kept, *map(_kept_bytes, inner)) if inner else kept
+        if eqn.primitive.name == "scan":
+            # A stacked result has one axis more outside the loop than inside.
+            results = zip(eqn.outvars, inner[0].outvars, strict=True)
+            stacked = [var.aval for var, one in results if var.aval.ndim > one.aval.ndim]
+            kept = max(kept, sum(aval.size * aval.dtype.itemsize for aval in stacked))
+    return kept
+
+
+def _inner(eqn: Any) -> list[Any]:
+    """Returns the programs inside an equation: bodies of loops, branches, called functions."""
+    nodes = jax.tree.leaves(eqn.params, is_leaf=lambda node: hasattr(node, "eqns"))
+    return [getattr(node, "jaxpr", node) for node in nodes if hasattr(node, "eqns")]
+
+
+def _split_bytes(params: Any, mesh: AnyMesh) -> int:
+    shardings = frozen_shardings(mesh, params)
+    parts = jax.tree.map(lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)), params, shardings)
+    return sum(jax.tree.leaves(jax.tree.map(lambda leaf, size: size * leaf.dtype.itemsize, params, parts)))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """Returns a mesh of sizes alone."""
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))

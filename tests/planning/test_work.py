@@ -1,0 +1,75 @@
+"""One chip's work: the compiled program's, checked on devices that are there, and the estimate beside it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from stable_lora_jax.planning import Workload, compiled_work, estimated_work, lower
+from stable_lora_jax.planning.work import abstract_mesh, dot_flops
+from stable_lora_jax.training import make_mesh
+from tests.models import tiny
+
+WORKLOAD = Workload(
+    config=tiny.config(vocab_size=64, num_layers=4), rows=8, length=16, num_targets=8, dtype=jnp.float32, rank=3
+)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compiled_work(WORKLOAD, make_mesh())
+
+
+def test_flops_grow_by_a_layer_as_written_out(compiled):
+    """Extrapolated from one and two layers, against all layers written out; XLA counts the latter in full."""
+    whole = lower(WORKLOAD, make_mesh(), unroll=True).compile().cost_analysis()["flops"]
+    assert compiled.flops == pytest.approx(whole, rel=0.01)
+    assert lower(WORKLOAD, make_mesh()).compile().cost_analysis()["flops"] < 0.7 * whole  # why all this is necessary
+
+
+def test_parts_do_the_work_of_the_whole(compiled):
+    parts = compiled_work(replace(WORKLOAD, accumulate=2), make_mesh())
+    assert parts.flops == pytest.approx(compiled.flops, rel=0.05)  # the optimizer is counted with each part
+
+
+def test_what_is_computed_again_is_counted():
+    def flops(remat):
+        workload = replace(WORKLOAD.shallow(1), remat=remat)
+        return lower(workload, make_mesh(), unroll=True).compile().cost_analysis()["flops"]
+
+    assert flops(True) > 1.1 * flops(False)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_the_estimate_knows_what_lies_between_steps(sizes):
+    memory = lower(WORKLOAD, make_mesh(*sizes)).compile().memory_analysis()
+    unread = 4 * WORKLOAD.rows // (sizes[0] * sizes[1])  # the answers' numbers, which this loss has no use for
+    estimate = estimated_work(WORKLOAD, abstract_mesh(*sizes))
+    assert estimate.arguments == memory.argument_size_in_bytes + unread
+
+
+def test_the_estimate_counts_the_matrix_products(compiled):
+    estimate = estimated_work(WORKLOAD, abstract_mesh(1, 1, 1))
+    assert 0.6 < estimate.flops / compiled.flops < 1  # XLA also counts what is no product
+
+
+def test_flops_of_a_product_and_a_loop():
+    def program(x, stack):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0]
+
+    shapes = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((7, 5, 5), jnp.float32)
+    assert dot_flops(jax.make_jaxpr(program)(*shapes).jaxpr) == 7 * 2 * 3 * 5 * 5
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rows": 0}, "rows=0 is below 1"),
+        ({"accumulate": 3}, "8 rows does not split into accumulate=3"),
+        ({"length": 65}, "length=65 is more than the model's context of 64"),
+    ],
+)
+def test_errors(change, told):
+    with pytest.raises(ValueError, match=told):
+        replace(WORKLOAD, **change)
