@@ -17,8 +17,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from stable_lora_jax.data import Batch, TrainBatches, prefetch
-from stable_lora_jax.optim import LoraRiteState, StableLoraState, lora_rite_report, stability, stable_lora_shrink
-from stable_lora_jax.optim.pairs import find_states
+from stable_lora_jax.optim import (
+    LoraRiteState,
+    StableLoraState,
+    lora_rite_report,
+    stability,
+    stable_lora_shrink,
+    update_terms,
+)
+from stable_lora_jax.optim.pairs import PyTree, find_states
 from stable_lora_jax.training.checkpoints import checkpoints
 from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.metrics import MetricsFile
@@ -71,7 +78,7 @@ def train(
       run_dir: gets metrics.jsonl and checkpoints/.
       mesh: from `make_mesh`; one device if None.
       accumulate: parts that each batch is processed in.
-      norms_every: steps between two records of all pairs' norms.
+      norms_every: steps between two records of all pairs' norms, and of what the step added (`update_terms`).
       save_every: steps between two checkpoints.
       keep: checkpoints kept.
       resume: go on from the newest checkpoint in `run_dir`.
@@ -103,10 +110,12 @@ def train(
                 record.norms(state)
             for index, batch in prefetch(batches, start, total_steps):
                 check_rows(mesh, len(batch.answer))
+                recorded = (index + 1) % norms_every == 0 or index + 1 == total_steps
+                before = jax.tree.map(jnp.copy, state.adapters) if recorded else None
                 state, metrics = step(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
                 record.step(index + 1, metrics, batch)
-                if (index + 1) % norms_every == 0 or index + 1 == total_steps:
-                    record.norms(state)
+                if before is not None:
+                    record.norms(state, before)
                 if (index + 1) % save_every == 0 and index + 1 < total_steps:
                     record.flush()
                     saved.save(state)
@@ -166,11 +175,13 @@ class _Record:
         self.bar.set_postfix({"loss": f"{self.loss:.3f}", "tok/s": f"{rate:.0f}", **told}, refresh=False)
         self.bar.update()
 
-    def norms(self, state: TrainState) -> None:
-        """Writes norms and gap of every pair."""
+    def norms(self, state: TrainState, before: PyTree | None = None) -> None:
+        """Writes norms and gap of every pair, and the terms of the step from the adapters `before`."""
         self.flush()
         report = jax.device_get(_norms(state))
         norms = {name: {"norm_a": pair.norm_a, "norm_b": pair.norm_b, "gap": pair.gap} for name, pair in report.items()}
+        for name, terms in ({} if before is None else jax.device_get(_terms(before, state.adapters))).items():
+            norms[name] |= terms._asdict()
         self.file.write(step=int(state.step), norms=norms)
         if find_states(state.opt_state, LoraRiteState):
             self.file.write(step=int(state.step), lora_rite=jax.device_get(lora_rite_report(state.opt_state))._asdict())
@@ -196,6 +207,9 @@ def _norms(state: TrainState):
     # Methods without flags have norms all the same: read them beside fresh flags.
     tracked = find_states(state.opt_state, StableLoraState) or stable_lora_shrink(0.0).init(state.adapters)
     return stability(state.adapters, tracked)
+
+
+_terms = jax.jit(update_terms)
 
 
 @contextmanager
