@@ -1,7 +1,16 @@
 """Data: real questions and your own, as token numbers and as batches of NumPy arrays. It knows no model."""
 
 from stable_lora_jax.data.assets import cache_dir, qa_wheel, smollm2_gguf
-from stable_lora_jax.data.batches import Batch, BatchesByStep, TrainBatches, bucket, eval_batches, make_batch, prefetch
+from stable_lora_jax.data.batches import (
+    Batch,
+    BatchesByStep,
+    TrainBatches,
+    bucket,
+    eval_batches,
+    make_batch,
+    pad_batch,
+    prefetch,
+)
 from stable_lora_jax.data.jsonl import Completion, load_jsonl
 from stable_lora_jax.data.prompts import (
     PROMPT_FORMATS,
@@ -12,7 +21,7 @@ from stable_lora_jax.data.prompts import (
     format_question,
     right_branch_only,
 )
-from stable_lora_jax.data.tasks import TASKS, Question, load_task
+from stable_lora_jax.data.tasks import TASKS, Question, hold_out, load_task
 from stable_lora_jax.data.tokenizer import SMOLLM2, load_tokenizer
 
 __all__ = [
@@ -32,10 +41,12 @@ __all__ = [
     "encode_question",
     "eval_batches",
     "format_question",
+    "hold_out",
     "load_jsonl",
     "load_task",
     "load_tokenizer",
     "make_batch",
+    "pad_batch",
     "prefetch",
     "qa_wheel",
     "right_branch_only",

@@ -1,14 +1,18 @@
 """The fine-tuning methods by name, each an Optax transformation."""
 
+import jax
 import optax
 
-from stable_lora_jax.optim import lora_plus, lora_rite, riemannian_adamw, stable_lora_shrink
+from stable_lora_jax.optim import lora_labels, lora_plus, lora_rite, riemannian_adamw, stable_lora_shrink
+from stable_lora_jax.optim.hyperparameters import Number
+from stable_lora_jax.optim.pairs import LORA_A, PyTree
+from stable_lora_jax.optim.stable_lora import Lambda
 
 METHODS = ("adamw", "stable-lora", "lora-plus", "riemannian", "lora-rite")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
-def learning_rate_schedule(peak: float, total_steps: int, warmup_steps: int, kind: str) -> optax.Schedule:
+def learning_rate_schedule(peak: Number, total_steps: int, warmup_steps: int, kind: str) -> optax.Schedule:
     """Returns the learning rate by step: linear from 0 to `peak` over the warm-up, then down to 0, or constant.
 
     Args:
@@ -42,10 +46,12 @@ def make_optimizer(
     method: str,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    lam: float,
-    ratio: float,
+    lam: Lambda,
+    ratio: Number,
     weight_decay: float,
     clip_norm: float,
+    stop_when_stable: bool = True,
+    decay_only_a: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns a method's whole update rule: clip the global gradient norm, then the method's step.
 
@@ -55,26 +61,36 @@ def make_optimizer(
     Args:
       method: one of `METHODS`.
       learning_rate: a number or a schedule.
-      lam: λ of stable-lora, in [0, 1); the other methods do not use it.
+      lam: λ of stable-lora, in [0, 1), or a schedule; the other methods do not use it.
       ratio: learning rate of B over that of A in lora-plus, >= 1; the other methods do not use it.
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global norm of the gradients, > 0.
+      stop_when_stable: False lets stable-lora shrink A to the end of the run (the paper's ablation).
+      decay_only_a: weight decay acts on A alone, B keeps its size; for adamw and stable-lora.
 
     Raises:
-      ValueError: an unknown method (the known ones are listed); λ or ratio out of range.
+      ValueError: an unknown method (the known ones are listed); λ or ratio out of range; `decay_only_a` with a method
+        that does not offer it.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Known methods: {', '.join(METHODS)}.")
+    if decay_only_a and method not in ("adamw", "stable-lora"):
+        raise ValueError(f"decay_only_a is for adamw and stable-lora, not for {method}. Leave it out.")
     clip = optax.clip_by_global_norm(clip_norm)
+    adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=_is_a if decay_only_a else None)
     match method:
         case "adamw":
-            return optax.chain(clip, optax.adamw(learning_rate, weight_decay=weight_decay))
+            return optax.chain(clip, adamw)
         case "stable-lora":
-            adamw = optax.adamw(learning_rate, weight_decay=weight_decay)
-            return optax.chain(clip, adamw, stable_lora_shrink(lam))
+            return optax.chain(clip, adamw, stable_lora_shrink(lam, stop_when_stable=stop_when_stable))
         case "lora-plus":
             return optax.chain(clip, lora_plus(learning_rate, ratio, weight_decay=weight_decay))
         case "riemannian":
             return optax.chain(clip, riemannian_adamw(learning_rate, weight_decay=weight_decay))
         case _:
             return lora_rite(learning_rate, clip=clip_norm, weight_decay=weight_decay)
+
+
+def _is_a(params: PyTree) -> PyTree:
+    """Returns True for every A, False for everything else."""
+    return jax.tree.map(lambda label: label == LORA_A, lora_labels(params))
