@@ -16,6 +16,7 @@ from stable_lora_jax.training.step import (
     split_model,
     train_step,
 )
+from stable_lora_jax.training.sweep import SweepPoint, SweepResult, compile_sweep_step, train_sweep
 
 __all__ = [
     "LOSSES",
@@ -27,10 +28,13 @@ __all__ = [
     "MetricsFile",
     "NonFiniteLossError",
     "StepMetrics",
+    "SweepPoint",
+    "SweepResult",
     "TrainResult",
     "TrainState",
     "checkpoints",
     "compile_step",
+    "compile_sweep_step",
     "init_state",
     "join_model",
     "learning_rate_schedule",
@@ -42,4 +46,5 @@ __all__ = [
     "stop_steps",
     "train",
     "train_step",
+    "train_sweep",
 ]
