@@ -4,7 +4,7 @@ NEWEST := .venv
 OLDEST := .venv-torch
 OUT := runs/demo
 
-.PHONY: demo test lint bench bench-optimizers clean
+.PHONY: demo test lint bench bench-optimizers bench-sweep results clean
 
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.demo --out $(OUT) $(if $(QUICK),--quick)
@@ -23,6 +23,12 @@ bench: $(NEWEST)/installed $(OLDEST)/installed
 
 bench-optimizers: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m experiments.bench_optimizers
+
+bench-sweep: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m experiments.bench_sweep
+
+results: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m experiments.make_results
 
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(NEWEST)
