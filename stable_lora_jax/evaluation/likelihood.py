@@ -59,15 +59,25 @@ class Evaluation:
     answer: tuple[int, ...]
 
     @property
+    def correct_sum(self) -> np.ndarray:
+        """Per question, whether the right choice has the largest log p."""
+        return np.array([s.argmax() == a for s, a in zip(self.log_likelihood, self.answer, strict=True)])
+
+    @property
+    def correct_token(self) -> np.ndarray:
+        """Per question, whether the right choice has the largest log p per token."""
+        per_token = [s / n for s, n in zip(self.log_likelihood, self.num_tokens, strict=True)]
+        return np.array([s.argmax() == a for s, a in zip(per_token, self.answer, strict=True)])
+
+    @property
     def accuracy_sum(self) -> float:
         """Share of questions whose right choice has the largest log p."""
-        return float(np.mean([s.argmax() == a for s, a in zip(self.log_likelihood, self.answer, strict=True)]))
+        return float(np.mean(self.correct_sum))
 
     @property
     def accuracy_token(self) -> float:
         """Share of questions whose right choice has the largest log p per token."""
-        per_token = [s / n for s, n in zip(self.log_likelihood, self.num_tokens, strict=True)]
-        return float(np.mean([s.argmax() == a for s, a in zip(per_token, self.answer, strict=True)]))
+        return float(np.mean(self.correct_token))
 
     @property
     def nll_token(self) -> float:

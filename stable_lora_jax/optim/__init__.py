@@ -17,6 +17,7 @@ from stable_lora_jax.optim.stable_lora import (
     stable_lora,
     stable_lora_shrink,
 )
+from stable_lora_jax.optim.terms import UpdateTerms, update_terms
 
 __all__ = [
     "LoraRiteReport",
@@ -24,6 +25,7 @@ __all__ = [
     "PairStability",
     "RiemannianState",
     "StableLoraState",
+    "UpdateTerms",
     "lora_labels",
     "lora_plus",
     "lora_rite",
@@ -34,4 +36,5 @@ __all__ = [
     "stability",
     "stable_lora",
     "stable_lora_shrink",
+    "update_terms",
 ]

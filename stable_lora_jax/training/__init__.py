@@ -18,6 +18,7 @@ from stable_lora_jax.training.step import (
     split_model,
     train_step,
 )
+from stable_lora_jax.training.sweep import SweepPoint, SweepResult, compile_sweep_step, train_sweep
 
 __all__ = [
     "LOGGERS",
@@ -32,12 +33,15 @@ __all__ = [
     "MetricsFile",
     "NonFiniteLossError",
     "StepMetrics",
+    "SweepPoint",
+    "SweepResult",
     "TrainResult",
     "TrainState",
     "check_intervals",
     "check_logger",
     "checkpoints",
     "compile_step",
+    "compile_sweep_step",
     "init_state",
     "is_first",
     "join_model",
@@ -52,5 +56,6 @@ __all__ = [
     "stop_steps",
     "train",
     "train_step",
+    "train_sweep",
     "wait_for_all",
 ]

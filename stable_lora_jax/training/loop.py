@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,8 +19,15 @@ from tqdm import tqdm
 
 from stable_lora_jax.data import BatchRows, TrainBatches, prefetch
 from stable_lora_jax.models import Decoder
-from stable_lora_jax.optim import LoraRiteState, StableLoraState, lora_rite_report, stability, stable_lora_shrink
-from stable_lora_jax.optim.pairs import find_states
+from stable_lora_jax.optim import (
+    LoraRiteState,
+    StableLoraState,
+    lora_rite_report,
+    stability,
+    stable_lora_shrink,
+    update_terms,
+)
+from stable_lora_jax.optim.pairs import PyTree, find_states
 from stable_lora_jax.training.checkpoints import checkpoints
 from stable_lora_jax.training.distributed import (
     highest_number,
@@ -85,7 +93,7 @@ def train(
       run_dir: gets metrics.jsonl and checkpoints/.
       mesh: from `make_mesh`; one device if None.
       accumulate: parts that each batch is processed in.
-      norms_every: steps between two records of all pairs' norms.
+      norms_every: steps between two records of all pairs' norms, and of what the step added (`update_terms`).
       save_every: steps between two checkpoints.
       keep: newest checkpoints kept.
       keep_best: keep the checkpoint of lowest loss too, meaned over the steps since the one before it. After a run
@@ -135,11 +143,13 @@ def train(
             if not start:
                 record.norms(state)
             for index, batch in prefetch(rows, start, total_steps):
+                recorded = (index + 1) % norms_every == 0 or index + 1 == total_steps
+                before = jax.tree.map(jnp.copy, state.adapters) if recorded else None
                 state, metrics = step(state, frozen, rows_to_mesh(batch, by_rows, batches.batch_size))
                 record.step(index + 1, metrics, batches.num_tokens(index))
                 saved.check()
-                if (index + 1) % norms_every == 0 or index + 1 == total_steps:
-                    record.norms(state)
+                if before is not None:
+                    record.norms(state, before)
                 if (index + 1) % save_every == 0 and index + 1 < total_steps:
                     saved.save(state, record.mean_loss())
                 if number := told_to_stop(received[0] if received else 0):
@@ -218,11 +228,13 @@ class _Record:
         for file in self.files:
             file.write(**values)
 
-    def norms(self, state: TrainState) -> None:
-        """Writes norms and gap of every pair."""
+    def norms(self, state: TrainState, before: PyTree | None = None) -> None:
+        """Writes norms and gap of every pair, and the terms of the step from the adapters `before`."""
         self.flush()
         report = jax.device_get(_norms(state))
         norms = {name: {"norm_a": pair.norm_a, "norm_b": pair.norm_b, "gap": pair.gap} for name, pair in report.items()}
+        for name, terms in ({} if before is None else jax.device_get(_terms(before, state.adapters))).items():
+            norms[name] |= terms._asdict()
         self._write(step=int(state.step), norms=norms)
         if find_states(state.opt_state, LoraRiteState):
             self._write(step=int(state.step), lora_rite=jax.device_get(lora_rite_report(state.opt_state))._asdict())
@@ -249,6 +261,9 @@ def _norms(state: TrainState):
     fresh = stable_lora_shrink(0.0, stack_axes=STACK_AXES)
     tracked = find_states(state.opt_state, StableLoraState) or fresh.init(state.adapters)
     return stability(state.adapters, tracked, stack_axes=STACK_AXES)
+
+
+_terms = jax.jit(partial(update_terms, stack_axes=STACK_AXES))
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 import math
 
+import jax
 import optax
 
-from stable_lora_jax.optim import lora_plus, lora_rite, riemannian_adamw, stable_lora_shrink
-from stable_lora_jax.optim.hyperparameters import check_range
+from stable_lora_jax.optim import lora_labels, lora_plus, lora_rite, riemannian_adamw, stable_lora_shrink
+from stable_lora_jax.optim.hyperparameters import Number, check_range
+from stable_lora_jax.optim.pairs import LORA_A, PyTree
+from stable_lora_jax.optim.stable_lora import Lambda
 
 # All leading axes of our adapters count layers. Said, because shapes alone do not tell where the rank is their number.
 STACK_AXES = "leading"
@@ -14,7 +17,7 @@ METHODS = ("adamw", "stable-lora", "lora-plus", "riemannian", "lora-rite")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
-def learning_rate_schedule(peak: float, total_steps: int, warmup_steps: int, kind: str) -> optax.Schedule:
+def learning_rate_schedule(peak: Number, total_steps: int, warmup_steps: int, kind: str) -> optax.Schedule:
     """Returns the learning rate by step: linear from 0 to `peak` over the warm-up, then down to 0, or constant.
 
     Args:
@@ -49,10 +52,12 @@ def make_optimizer(
     method: str,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    lam: float,
-    ratio: float,
+    lam: Lambda,
+    ratio: Number,
     weight_decay: float,
     clip_norm: float,
+    stop_when_stable: bool = True,
+    decay_only_a: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns a method's whole update rule: clip the global gradient norm, then the method's step.
 
@@ -62,29 +67,40 @@ def make_optimizer(
     Args:
       method: one of `METHODS`.
       learning_rate: a number or a schedule.
-      lam: λ of stable-lora, in [0, 1); the other methods do not use it.
+      lam: λ of stable-lora, in [0, 1), or a schedule; the other methods do not use it.
       ratio: learning rate of B over that of A in lora-plus, >= 1; the other methods do not use it.
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global norm of the gradients, > 0.
+      stop_when_stable: False lets stable-lora shrink A to the end of the run (the paper's ablation).
+      decay_only_a: weight decay acts on A alone, B keeps its size; for adamw and stable-lora.
 
     Raises:
-      ValueError: an unknown method (the known ones are listed); a number out of range.
+      ValueError: an unknown method (the known ones are listed); a number out of range; `decay_only_a` with a method
+        that does not offer it.
     """
     check_range("weight_decay", weight_decay, 0, math.inf, "0 switches it off.")
     if not clip_norm > 0:
         raise ValueError(f"clip_norm={clip_norm} is not above 0. Give inf to clip nothing.")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Known methods: {', '.join(METHODS)}.")
+    if decay_only_a and method not in ("adamw", "stable-lora"):
+        raise ValueError(f"decay_only_a is for adamw and stable-lora, not for {method}. Leave it out.")
     clip = optax.clip_by_global_norm(clip_norm)
+    adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=_is_a if decay_only_a else None)
     match method:
         case "adamw":
-            return optax.chain(clip, optax.adamw(learning_rate, weight_decay=weight_decay))
+            return optax.chain(clip, adamw)
         case "stable-lora":
-            adamw = optax.adamw(learning_rate, weight_decay=weight_decay)
-            return optax.chain(clip, adamw, stable_lora_shrink(lam, stack_axes=STACK_AXES))
+            shrink = stable_lora_shrink(lam, stack_axes=STACK_AXES, stop_when_stable=stop_when_stable)
+            return optax.chain(clip, adamw, shrink)
         case "lora-plus":
             return optax.chain(clip, lora_plus(learning_rate, ratio, weight_decay=weight_decay, stack_axes=STACK_AXES))
         case "riemannian":
             return optax.chain(clip, riemannian_adamw(learning_rate, weight_decay=weight_decay, stack_axes=STACK_AXES))
         case _:
             return lora_rite(learning_rate, clip=clip_norm, weight_decay=weight_decay, stack_axes=STACK_AXES)
+
+
+def _is_a(params: PyTree) -> PyTree:
+    """Returns True for every A, False for everything else."""
+    return jax.tree.map(lambda label: label == LORA_A, lora_labels(params))

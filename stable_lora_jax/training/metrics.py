@@ -2,8 +2,9 @@
 
 Lines: ``{"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "stable", "pairs"}`` every step;
 ``{"step", "pair", "index", "stable": true}`` when a matrix becomes stable; ``{"step", "norms": {pair: {norm_a, norm_b,
-gap}}}`` every few steps, each a list over the matrices of a stack, and with LoRA-RITE ``{"step", "lora_rite":
-{clip_factor, skipped_a, skipped_b}}``. What is not finite (the gap while B = 0) is null.
+gap, delta_1, delta_2, delta_3}}}`` every few steps, each a list over the matrices of a stack (the last three, see
+`update_terms`, only after a step), and with LoRA-RITE ``{"step", "lora_rite": {clip_factor, skipped_a, skipped_b}}``.
+What is not finite (the gap while B = 0) is null.
 """
 
 import json

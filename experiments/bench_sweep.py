@@ -1,0 +1,142 @@
+"""Benchmark: adapters trained together in one program against as many single runs, in turns.
+
+Question:  SmolLM2-135M, LoRA r = 8 on q and v, Stable-LoRA, batch 8 an adapter, rows of 64 tokens of which the last 8
+           are answers: how many adapter steps a second, for K = 1 to 16 adapters at once, and with what memory?
+Command:   make bench-sweep        (or python -m experiments.bench_sweep; --help)
+Hardware:  2 CPU cores with nothing else running, or one GPU. Minutes: about 8.
+Expected:  on 2 cores about as many as single steps, because a single batch fills them already; what is saved is loading
+           and compiling K times. On an accelerator several times as many, until K batches fill it.
+
+Every K runs in a process of its own, so that its memory is its own; single steps are timed in each, in turns with it.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments.bench_train import ANSWER, BATCH, machine, peak_gigabytes, random_rows, timed, versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time steps of K adapters together and of one alone, and write a JSON file."""
+
+    out: Path = Path("experiments/results/bench_sweep.json")
+    """The file to write."""
+    adapters: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """K."""
+    dtype: str = "bfloat16"
+    """Of the base model."""
+    length: int = 64
+    """Row length in tokens."""
+    steps: int = 3
+    """Timed steps a turn; a turn of single steps has as many."""
+    rounds: int = 2
+    """Turns of each."""
+    worker: int = 0
+    """Internal: time this K in this process and print a line of JSON."""
+
+
+def main(config: BenchConfig) -> None:
+    if config.worker:
+        print(json.dumps(measure(config, config.worker)))
+        return
+    rows = []
+    for count in config.adapters:
+        options = ["--worker", str(count), "--dtype", config.dtype, "--length", str(config.length)]
+        options += ["--steps", str(config.steps), "--rounds", str(config.rounds)]
+        command = [sys.executable, "-m", "experiments.bench_sweep", *options]
+        done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    result = {"command": "make bench-sweep", "dtype": config.dtype, "length": config.length, "machine": machine()}
+    result |= {"versions": versions("jax", "flax", "optax"), "rows": rows}
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def measure(config: BenchConfig, count: int) -> dict[str, Any]:
+    """Returns medians of the seconds of a step of K adapters, and of one alone."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from stable_lora_jax.data import Batch
+    from stable_lora_jax.lora import inject_lora
+    from stable_lora_jax.models import load_model
+    from stable_lora_jax.training import (
+        SweepPoint,
+        compile_step,
+        compile_sweep_step,
+        init_state,
+        make_loss,
+        make_mesh,
+        make_optimizer,
+        split_model,
+    )
+
+    width = jnp.dtype(config.dtype)
+    model = inject_lora(load_model("smollm2-135m", dtype=width, param_dtype=width), 8, 16.0, "qv", rngs=nnx.Rngs(0))
+    graph, adapters, frozen = split_model(model)
+    tokens, targets = random_rows(config.length)
+    read_at = np.broadcast_to(np.arange(config.length - ANSWER, config.length), targets.shape)
+    positions, zeros = np.broadcast_to(np.arange(config.length), tokens.shape), np.zeros_like(tokens)
+    arrays = (tokens, positions, zeros, read_at, targets, np.zeros_like(targets), np.zeros(BATCH))
+    batch = jax.device_put(Batch(*(np.asarray(x, np.int32) for x in arrays)))
+    batches = jax.tree.map(lambda x: jnp.stack([x] * count), batch)
+
+    def optimizer(point: SweepPoint) -> Any:
+        return make_optimizer("stable-lora", point.learning_rate, lam=point.lam, ratio=4, weight_decay=0, clip_norm=1)
+
+    loss, mesh = make_loss("answer", 1), make_mesh()
+    points = SweepPoint(*(jnp.full(count, x) for x in (5e-4, 2.0, 0.001, 1.0)))
+    states: dict[str, Any] = {"alone": init_state(jax.tree.map(jnp.copy, adapters), optimizer(SweepPoint(5e-4, 2.0)))}
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * count), adapters)
+    states["together"] = jax.vmap(lambda one: init_state(one, optimizer(SweepPoint(5e-4, 2.0))))(stacked)
+    alone = compile_step(graph, loss, optimizer(SweepPoint(5e-4, 2.0, 0.001)), mesh=mesh, frozen=frozen)
+    together = compile_sweep_step(graph, loss, optimizer, mesh=mesh)
+
+    def advance(name: str) -> None:
+        if name == "alone":
+            states[name] = jax.block_until_ready(alone(states[name], frozen, batch))[0]
+        else:
+            states[name] = jax.block_until_ready(together(states[name], points, frozen, batches))[0]
+
+    seconds: dict[str, list[float]] = {"alone": [], "together": []}
+    for _ in range(config.rounds):
+        for name, each in seconds.items():
+            each += timed(lambda name=name: advance(name), config.steps)
+    one, all_of_them = (float(np.median(seconds[name])) for name in ("alone", "together"))
+    return {
+        "adapters": count,
+        "seconds_together": round(all_of_them, 4),
+        "seconds_alone": round(one, 4),
+        "speedup": round(count * one / all_of_them, 3),
+        "peak_gigabytes": round(peak_gigabytes(), 2),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the README's table."""
+    lines = [
+        "| adapters at once | s a step together | s a step alone | K alone / together | memory, GB |",
+        "|" + "---|" * 5,
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['adapters']} | {row['seconds_together']:.2f} | {row['seconds_alone']:.2f} | {row['speedup']:.2f} "
+            f"| {row['peak_gigabytes']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig))

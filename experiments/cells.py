@@ -1,0 +1,244 @@
+"""Cells: the runs that an experiment is made of, and the lines that they leave.
+
+A cell is a training configuration and the questions it is scored on; its key is a hash of both, so a cell means the
+same wherever it stands. `run_cells` skips those that have a line in the results already. A run that was killed is in
+its run directory, named by the key, and goes on from its newest checkpoint.
+
+A line of experiments/results/NAME.jsonl is one finished cell: configuration, scores with every question's right or
+wrong as a string of 1 and 0 (so that two cells can be compared question by question), steps at which the matrices
+became stable, seconds, commit, versions and machine. Tables and figures are made from these lines alone (`make
+results`).
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from experiments.bench_train import machine, versions
+from stable_lora_jax.cli.evaluate import load_with_adapter
+from stable_lora_jax.cli.train import TrainConfig, described, train_command
+from stable_lora_jax.data import TASKS, Question, encode_all, hold_out, load_jsonl, load_task, load_tokenizer
+from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.training import NonFiniteLossError, read_metrics, stop_steps
+
+Record: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every experiment takes."""
+
+    model: str = "smollm2-135m"
+    """An alias, a Hugging Face directory or hub name, or a .gguf file."""
+    tasks: tuple[str, ...] = ("arc_easy",)
+    """Question sets: names of tasks, or .jsonl files."""
+    methods: tuple[str, ...] = ("adamw", "stable-lora")
+    """The methods to compare."""
+    dtype: str = "bfloat16"
+    """Of the base model: float32 or bfloat16."""
+    score_on: str = "validation"
+    """The questions reported: validation, test, or a .jsonl file."""
+    steps: int = 68
+    """Steps of a run; 68 of 8 questions take about 100 seconds on 2 cores."""
+    batch_size: int = 8
+    """Questions a step."""
+    save_every: int = 25
+    """Steps between two checkpoints."""
+    results: Path = Path("experiments/results")
+    """Folder of the lines, tables and figures."""
+    runs: Path = Path("runs/cells")
+    """Folder of the run directories."""
+    together: int = 1
+    """Train up to this many cells in one program, where they differ in numbers and seed alone; pays on accelerators."""
+    part: str = "1/1"
+    """Which part of the cells to run, as 3/8; the lines then go to NAME.3of8.jsonl. For arrays of jobs."""
+    smoke: bool = False
+    """Try everything in seconds: a tiny model, 4 steps, and a run killed at 2 steps and resumed."""
+
+
+def training(options: Options, task: str, **changes: Any) -> TrainConfig:
+    """Returns the run on a task that the options describe: softmax over the choices, unless changed."""
+    common = {"loss": "choices"} | {name: getattr(options, name) for name in ("model", "dtype", "steps")}
+    common |= {"batch_size": options.batch_size, "save_every": options.save_every}
+    return TrainConfig(data=task, **common | changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training run and what it is scored on: a split of its task, "holdout", or a .jsonl file of questions."""
+
+    train: TrainConfig
+    score_on: str = "validation"
+    key: str = field(init=False)
+
+    def __post_init__(self):
+        text = json.dumps({"train": described(self.train), "score_on": self.score_on}, sort_keys=True)
+        object.__setattr__(self, "key", hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+Score: TypeAlias = Callable[[Cell, Path], Record]
+
+
+def run_cells(name: str, cells: Sequence[Cell], options: Options, score: Score | None = None) -> list[Record]:
+    """Trains and scores those of the cells that have no line yet, and returns the lines of all, in the cells' order.
+
+    Args:
+      name: the lines go to NAME.jsonl in the results' folder.
+      cells: all cells of the experiment.
+      options: where, and how many at once.
+      score: what is measured of a trained cell, from its run directory; `score_questions` if None.
+
+    Raises:
+      SystemExit: a signal stopped a run; started again, it goes on from there.
+    """
+    mine, suffix = part_of(cells, options.part)
+    file = options.results / f"{name}{suffix}.jsonl"
+    done = finished(name, options.results)
+    todo = [cell for cell in mine if cell.key not in done]
+    print(f"{name}: {len(cells)} cells, {len(todo)} to run here", flush=True)
+    for group in _groups(todo, options.together):
+        for cell, outcome in zip(group, train_cells(group, options.runs), strict=True):
+            start = time.perf_counter()
+            if "failed" not in outcome:
+                outcome |= (score or score_questions)(cell, options.runs / cell.key)
+                outcome["score_seconds"] = round(time.perf_counter() - start, 1)
+            record = (
+                {"key": cell.key, "train": described(cell.train), "score_on": cell.score_on} | outcome | provenance()
+            )
+            append(file, record)
+            done[cell.key] = record
+            told = {key: outcome[key] for key in ("accuracy_token", "nll_token", "failed") if key in outcome}
+            print(f"{name}: {cell.key} {told}", flush=True)
+    return [done[cell.key] for cell in cells if cell.key in done]
+
+
+def part_of(cells: Sequence[Cell], part: str) -> tuple[list[Cell], str]:
+    """Returns the cells of a part such as "3/8", which takes every eighth, and what its file's name has more.
+
+    Raises:
+      ValueError: not of that form, or a number that is not in 1 to the number of parts.
+    """
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"part={part!r} is not understood. Write e.g. 3/8 for the third of eight; 1/1 is everything.")
+    return list(cells[int(number) - 1 :: int(count)]), "" if count == "1" else f".{number}of{count}"
+
+
+def score_questions(cell: Cell, directory: Path) -> Record:
+    """Returns accuracy and likelihood of a trained cell, and which questions it has right."""
+    model = load_with_adapter(cell.train.model, directory, cell.train.dtype)
+    examples = encode_all(load_tokenizer(cell.train.model), questions(cell), cell.train.prompt_format)
+    scores = evaluate(model, examples)
+    bits = {"correct_sum": _bits(scores.correct_sum), "correct_token": _bits(scores.correct_token)}
+    return {key: round(value, 6) for key, value in scores.summary().items()} | bits
+
+
+def questions(cell: Cell) -> list[Question]:
+    """Returns the questions that a cell is scored on."""
+    train = cell.train
+    if cell.score_on.endswith((".jsonl", ".jsonl.gz")):
+        items = load_jsonl(cell.score_on)
+    elif cell.score_on == "holdout":
+        whole = load_task(train.data, "train", source=train.source) if train.data in TASKS else load_jsonl(train.data)
+        items = hold_out(whole, train.holdout)[1]
+    else:
+        items = load_task(train.data, cell.score_on, source=train.source)
+    return [item for item in items if isinstance(item, Question)]
+
+
+def correctness(record: Record, field: str = "correct_token") -> np.ndarray:
+    """Returns 1.0 or 0.0 for every question of a line."""
+    return np.array([float(bit) for bit in record[field]])
+
+
+def read_lines(name: str, results: Path) -> list[Record]:
+    """Returns all lines of an experiment, those of parts included, oldest first."""
+    files = [results / f"{name}.jsonl", *sorted(results.glob(f"{name}.*of*.jsonl"))]
+    return [line for file in files for line in read_metrics(file)]
+
+
+def finished(name: str, results: Path) -> dict[str, Record]:
+    """Returns key -> line. Keys are made anew, with today's defaults for options that a line is too old to know."""
+    lines = read_lines(name, results)
+    return {Cell(train=TrainConfig(**line["train"]), score_on=line["score_on"]).key: line for line in lines}
+
+
+def append(file: Path, record: Record) -> None:
+    """Adds a line. The file is written anew and moved into place, so that a kill leaves no half line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = file.read_text() if file.exists() else ""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(before + json.dumps(record, ensure_ascii=False) + "\n")
+    partial.replace(file)
+
+
+def provenance() -> Record:
+    """Returns what made a line: commit (with + if the code was changed since), versions, machine."""
+    code = ("stable_lora_jax", "experiments/*.py")
+    commit = _git("rev-parse", "--short=10", "HEAD")
+    changed = "+" if commit and _git("status", "--porcelain", "--", *code) else ""
+    import jax
+
+    device = {"device": jax.devices()[0].device_kind, "system": platform.system()}
+    return {
+        "commit": commit + changed,
+        "versions": versions("jax", "flax", "optax", "numpy"),
+        "machine": machine() | device,
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _groups(cells: Sequence[Cell], together: int) -> list[list[Cell]]:
+    """Returns the cells in groups that one program can train."""
+    if together == 1:
+        return [[cell] for cell in cells]
+    from experiments.together import VARYING
+
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        rest = {name: value for name, value in described(cell.train).items() if name not in VARYING}
+        alike.setdefault(json.dumps(rest, sort_keys=True), []).append(cell)
+    return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
+
+
+def train_cells(group: Sequence[Cell], runs: Path) -> list[Record]:
+    """Trains one cell, or several in one program; returns of each its seconds and stops, or how it failed."""
+    if len(group) > 1:
+        from experiments.together import train_together
+
+        return train_together([replace(cell.train, run_dir=runs / cell.key) for cell in group])
+    (cell,) = group
+    directory, start = runs / cell.key, time.perf_counter()
+    resume = any(path.name.isdigit() for path in directory.glob("checkpoints/*"))
+    try:
+        result = train_command(replace(cell.train, run_dir=directory, resume=resume, overwrite=not resume))
+    except NonFiniteLossError as error:
+        return [{"failed": str(error)}]
+    if result.stopped_by:
+        raise SystemExit(128 + result.stopped_by)
+    outcome = {"train_seconds": round(time.perf_counter() - start, 1), "resumed": resume, "steps": result.steps}
+    return [outcome | {"stable_at": stable_at(directory)}]
+
+
+def stable_at(directory: Path) -> dict[str, list[int]]:
+    """Returns pair -> the step at which each matrix of a run became stable, 0 where it did not."""
+    lines = read_metrics(directory / "metrics.jsonl")
+    norms, stops = next(line["norms"] for line in lines if "norms" in line), stop_steps(lines)
+    counts = {pair: np.size(each["norm_a"]) for pair, each in norms.items()}
+    return {pair: [stops.get(pair, {}).get((i,), 0) for i in range(count)] for pair, count in counts.items()}
+
+
+def _bits(flags: np.ndarray) -> str:
+    return "".join("01"[int(flag)] for flag in flags)

@@ -1,0 +1,123 @@
+"""Dynamics: how ‖A‖, ‖B‖ and the terms of a step move, and when matrices become stable (the paper's figure 2).
+
+Question:  with AdamW, does ‖A‖ stay at its start while ‖B‖ grows, and does δ₁ = s A ΔB dominate δ₂ = s ΔA B? What does
+           the shrink change, and how does the number of steps until stable depend on λ, η, s, module and layer?
+Command:   python -m experiments.dynamics      (--help)
+Hardware:  2 CPU cores, 6 GB. Minutes: about 6 a cell, 7 cells.
+Expected:  AdamW: ‖A‖ never below its start, δ₁ above δ₂ at first. λ = 0.005, η = 5e-4, s = 2, one epoch: no q_proj of
+           30 becomes stable, all v_proj do, around step 222 of 281.
+
+δ₁ and δ₂ are norms of products of matrices, as white layer inputs would give them; the paper's Z are real inputs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments import tables
+from experiments.cells import Cell, Options, Record, read_lines, run_cells, score_questions, training
+from experiments.smoke import smoke
+from stable_lora_jax.training import read_metrics
+
+FIELDS = {"norm_a": "‖A‖", "norm_b": "‖B‖", "gap": "gap", "delta_1": "‖A ΔB‖", "delta_2": "‖ΔA B‖"}
+# (λ, η, s); λ = 0 is AdamW. One number changes at a time.
+POINTS = ((0, 5e-4, 2), (0.001, 5e-4, 2), (0.005, 5e-4, 2), (0.02, 5e-4, 2), (0.005, 2e-4, 2), (0.005, 1e-3, 2))
+POINTS = (*POINTS, (0.005, 5e-4, 16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicsConfig(Options):
+    """Record norms and terms every few steps, for several λ, η and s."""
+
+    steps: int = 281
+    """An epoch of ARC-Easy."""
+    points: tuple[tuple[float, float, float], ...] = POINTS
+    """(λ, η, s) of each run; λ = 0 is AdamW."""
+    norms_every: int = 5
+    """Steps between two records."""
+
+
+def cells(config: DynamicsConfig) -> list[Cell]:
+    found = []
+    for task in config.tasks:
+        for lam, rate, scale in config.points:
+            numbers = {"learning_rate": rate, "alpha": 8 * scale, "lam": lam, "loss": "answer"}
+            method = "stable-lora" if lam else "adamw"
+            train = training(config, task, method=method, norms_every=config.norms_every, **numbers)
+            found.append(Cell(train=train, score_on=config.score_on))
+    return found
+
+
+def score(cell: Cell, directory: Path) -> Record:
+    """Returns the usual scores, and the quartiles over the layers of every norm at every record."""
+    lines = [line for line in read_metrics(directory / "metrics.jsonl") if "norms" in line]
+    series: dict[str, Any] = {"steps": [line["step"] for line in lines]}
+    for pair in lines[0]["norms"]:
+        series[pair] = {field: [_quartiles(line["norms"][pair].get(field)) for line in lines] for field in FIELDS}
+    return score_questions(cell, directory) | {"series": series}
+
+
+def _quartiles(values: list[float | None] | None) -> list[float] | None:
+    """Returns the quartiles, four digits; None where nothing is recorded or most are infinite."""
+    known = [value for value in values or [] if value is not None]
+    return [float(f"{q:.4g}") for q in np.quantile(known, (0.25, 0.5, 0.75))] if known else None
+
+
+def report(results: Path) -> str:
+    """Returns the table of steps until stable, and draws the figure beside the lines."""
+    records = read_lines("dynamics", results)
+    rows = []
+    for record in records:
+        train = record["train"]
+        for pair, steps in record.get("stable_at", {}).items():
+            thirds = [[step for step in part if step] for part in np.array_split(np.array(steps), 3)]
+            numbers = [train["lam"] or "AdamW", f"{train['learning_rate']:g}", f"{train['alpha'] / train['rank']:g}"]
+            rows.append([*numbers, pair.split("/")[-2], f"{np.count_nonzero(steps)} of {len(steps)}"])
+            rows[-1] += [int(np.median(part)) if part else "-" for part in thirds]
+            rows[-1] += [f"{100 * record['accuracy_token']:.1f}", f"{record['nll_token']:.3f}"]
+    header = ("λ", "η", "s", "module", "stable", "median step, first third of the layers", "middle", "last")
+    header += ("accuracy, %", "nats a token")
+    drawn = [record for record in records if "series" in record]
+    if not drawn:
+        return ""
+    draw(drawn, results / "dynamics.png")
+    return f"{tables.markdown(header, rows)}\n\n![norms and terms over the steps](dynamics.png)\n\n" + tables.failures(
+        records
+    )
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """Writes a figure: a row a run, a column a module; medians over the layers, shaded between the quartiles."""
+    from matplotlib.figure import Figure
+
+    pairs = [pair for pair in records[0]["series"] if pair != "steps"]
+    figure = Figure(figsize=(5 * len(pairs), 2.6 * len(records)), layout="constrained")
+    axes = figure.subplots(len(records), len(pairs), squeeze=False, sharey=True)
+    for record, row in zip(records, axes, strict=True):
+        for pair, ax in zip(pairs, row, strict=True):
+            for number, (name, label) in enumerate((k, v) for k, v in FIELDS.items() if k != "gap"):
+                known = zip(record["series"]["steps"], record["series"][pair][name], strict=True)
+                points = [(step, *quartiles) for step, quartiles in known if quartiles and quartiles[1] > 0]
+                if points:
+                    steps, low, middle, high = np.array(points).T
+                    ax.fill_between(steps, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+                    ax.plot(steps, middle, color=f"C{number}", label=label)
+            ax.set(yscale="log", xlabel="step", title=f"λ = {record['train']['lam']:g}, {pair.split('/')[-2]}")
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def main(config: DynamicsConfig) -> None:
+    if config.smoke:
+        with smoke(config, points=((0.1, 1e-2, 2),), norms_every=1) as small:
+            main(small)
+        return
+    run_cells("dynamics", cells(config), config, score)
+    print(report(config.results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(DynamicsConfig))

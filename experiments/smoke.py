@@ -1,0 +1,59 @@
+"""The smoke test of an experiment: its whole path on a decoder of a few thousand parameters, in seconds.
+
+What is tried is what a long run relies on: cells are trained, scored, written and made into tables; a run killed at 2
+steps goes on to 4 and leaves the same adapter, bit by bit, as the uninterrupted one.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiments.cells import Cell, Options, train_cells
+from stable_lora_jax.cli.train import TrainConfig
+from stable_lora_jax.training import read_metrics
+from tests.models import tiny  # the tests' tiny model, so that there is one
+
+Config = TypeVar("Config", bound=Options)
+STEPS = 4
+
+
+@contextmanager
+def smoke(config: Config, **changes: Any) -> Iterator[Config]:
+    """Yields the experiment's options made small, all in a folder of their own; then checks that runs resume exactly.
+
+    Args:
+      config: the experiment's options.
+      changes: what else has to be smaller.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model, data = tiny.save_with_tokenizer(root / "model"), root / "sums.jsonl"
+        sums = [(i, j) for i in range(4) for j in range(6)]
+        lines = [{"question": f"{i}+{j}?", "choices": [str(i + j), "x"], "answer_index": 0} for i, j in sums]
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        common: dict[str, Any] = {"model": str(model), "tasks": (str(data),), "score_on": str(data), "dtype": "float32"}
+        common |= {"steps": STEPS, "save_every": STEPS // 2, "batch_size": 4, "smoke": False}
+        common |= {"methods": ("stable-lora",), "results": root / "results", "runs": root / "runs"}
+        small = replace(config, **common | changes)
+        yield small
+        check_resume(small)
+    print("smoke: all well")
+
+
+def check_resume(config: Options) -> None:
+    """Raises RuntimeError unless a finished run, put back to its step 2, goes on to the same adapter and stops."""
+    line = next(line for file in config.results.glob("*.jsonl") for line in read_metrics(file))
+    cell = Cell(train=TrainConfig(**line["train"]), score_on=line["score_on"])
+    whole, again = config.runs / cell.key, config.runs.with_name("again") / cell.key
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    (again / "adapter.safetensors").unlink()
+    (outcome,) = train_cells([cell], again.parent)
+    equal = (again / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    if not (equal and outcome["resumed"] and outcome["stable_at"] == line["stable_at"]):
+        raise RuntimeError(f"The run {cell.key}, resumed at step 2, did not end as it did uninterrupted: {outcome}.")

@@ -1,0 +1,151 @@
+"""Means with intervals, and paired comparisons: what a table of several seeds and questions may say.
+
+Two sources of chance are kept apart. Seeds: `mean_interval` of one accuracy a seed says how far another seed may be.
+Questions: `paired_bootstrap` and `sign_test` keep the trained models as they are and ask whether other questions of the
+same kind would rank them alike. Two methods answer the same questions, so both compare them question by question, which
+takes out that some questions are harder than others.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from scipy import stats
+
+Numbers: TypeAlias = Sequence[float] | np.ndarray
+
+
+class Estimate(NamedTuple):
+    """A value with the lower and the upper end of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class SignTest(NamedTuple):
+    """Questions that the first did better on, those that the second did, and the two-sided exact p value."""
+
+    wins: int
+    losses: int
+    p_value: float
+
+
+def mean_interval(values: Numbers, level: float = 0.95) -> Estimate:
+    """Returns the mean of independent values, one a seed, with Student's t interval; unbounded for a single value.
+
+    Args:
+      values: at least one.
+      level: probability that the interval covers the true mean, in (0, 1).
+
+    Raises:
+      ValueError: no value, or a level out of range.
+
+    Example:
+      >>> print("{:.2f}, {:.2f} to {:.2f}".format(*mean_interval([1.0, 2.0, 3.0])))
+      2.00, -0.48 to 4.48
+    """
+    numbers = _some(values)
+    _check_level(level)
+    mean, count = float(numbers.mean()), len(numbers)
+    if count == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    margin = float(stats.t.ppf((1 + level) / 2, count - 1) * numbers.std(ddof=1) / math.sqrt(count))
+    return Estimate(mean, mean - margin, mean + margin)
+
+
+def expected_best(values: Numbers, k: int) -> float:
+    """Returns the mean, over all choices of k of the values, of the largest: what "best of k seeds" reports.
+
+    Args:
+      values: at least k, one a seed.
+      k: at least 1; 1 gives the mean, the number of values their maximum.
+
+    Raises:
+      ValueError: k is not in [1, number of values].
+
+    Example:
+      >>> print(f"{expected_best([60.0, 61.0, 65.0], 2):.2f}")
+      63.67
+    """
+    numbers = np.sort(_some(values))
+    if not 1 <= k <= len(numbers):
+        raise ValueError(f"k={k} is not in [1, {len(numbers)}], the number of values. Choose fewer, or run more seeds.")
+    # The i-th smallest is the largest of those choices that take the other k - 1 from the i below it.
+    weights = [math.comb(i, k - 1) / math.comb(len(numbers), k) for i in range(len(numbers))]
+    return float(numbers @ np.array(weights))
+
+
+def paired_bootstrap(
+    first: Numbers, second: Numbers, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """Returns the mean difference first - second with a bootstrap interval over the questions.
+
+    Args:
+      first: scores, (questions,) or (seeds, questions); seeds are averaged.
+      second: scores of the same questions; the number of seeds may be another.
+      level: probability that the interval covers the true difference, in (0, 1).
+      resamples: draws of as many questions, with replacement.
+      seed: of the draws.
+
+    Raises:
+      ValueError: not the same number of questions, fewer than two, or a level out of range.
+    """
+    difference = _difference(first, second)
+    _check_level(level)
+    if np.ptp(difference) == 0:  # nothing to resample: every draw has the same mean
+        return Estimate(*[float(difference[0])] * 3)
+    found = stats.bootstrap(
+        (difference,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=level,
+        method="percentile",
+        batch=500,
+        rng=np.random.default_rng(seed),
+    )
+    low, high = found.confidence_interval
+    return Estimate(float(difference.mean()), float(low), float(high))
+
+
+def sign_test(first: Numbers, second: Numbers) -> SignTest:
+    """Returns on how many questions each is better, and the exact sign test of "equally often".
+
+    With one seed of right (1) and wrong (0) answers it is McNemar's exact test; with several, a question counts for
+    whoever has it right in more of the seeds. Ties count for nobody.
+
+    Args:
+      first: scores, (questions,) or (seeds, questions); seeds are averaged.
+      second: scores of the same questions.
+
+    Raises:
+      ValueError: not the same number of questions, or fewer than two.
+    """
+    difference = np.round(_difference(first, second), 9)  # means of other numbers of seeds may differ by rounding
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    p_value = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    return SignTest(wins, losses, float(p_value))
+
+
+def _difference(first: Numbers, second: Numbers) -> np.ndarray:
+    """Returns first - second for every question, averaged over seeds."""
+    means = [np.atleast_2d(np.asarray(scores, float)).mean(0) for scores in (first, second)]
+    if len(means[0]) != len(means[1]) or len(means[0]) < 2:
+        raise ValueError(
+            f"The scores are of {len(means[0])} and {len(means[1])} questions. A paired comparison needs the same "
+            "questions in the same order on both sides, at least two."
+        )
+    return means[0] - means[1]
+
+
+def _some(values: Numbers) -> np.ndarray:
+    numbers = np.asarray(values, float)
+    if numbers.ndim != 1 or not len(numbers):
+        raise ValueError(f"Got values of shape {numbers.shape}. Give a list of at least one number, one a seed.")
+    return numbers
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} is not in (0, 1). 0.95 gives the usual interval.")

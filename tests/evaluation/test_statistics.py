@@ -1,0 +1,81 @@
+"""Intervals and paired tests against SciPy, and against numbers worked out by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from stable_lora_jax.evaluation import expected_best, mean_interval, paired_bootstrap, sign_test
+
+
+def test_the_mean_interval_is_that_of_the_t_test():
+    values = np.random.default_rng(0).normal(65, 1.5, 5)
+    for level in (0.9, 0.95):
+        found = mean_interval(values, level)
+        expected = stats.ttest_1samp(values, 0).confidence_interval(level)
+        np.testing.assert_allclose(found, (values.mean(), *expected), rtol=1e-12)
+    # By hand: mean 2, s = 1, t(0.975, 2) = 4.302653, so the margin is 4.302653 / sqrt(3).
+    np.testing.assert_allclose(mean_interval([1, 2, 3]), (2, 2 - 2.484138, 2 + 2.484138), rtol=1e-6)
+    assert mean_interval([3.0]) == (3.0, -math.inf, math.inf)
+
+
+def test_the_t_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    intervals = [mean_interval(rng.normal(size=4)) for _ in range(2000)]
+    assert 0.935 < np.mean([low <= 0 <= high for _, low, high in intervals]) < 0.965  # 0.95 +- 3 standard errors
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_expected_best_is_the_mean_over_all_choices(k):
+    values = [64.0, 66.5, 61.0, 66.5, 63.0]
+    by_hand = np.mean([max(chosen) for chosen in itertools.combinations(values, k)])
+    assert expected_best(values, k) == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_sign_test_is_exact_mcnemar():
+    # Right answers of one seed each: 8 questions only the first knows, 2 only the second, 5 both, 3 none.
+    first, second = np.array([1] * 8 + [0] * 2 + [1] * 5 + [0] * 3), np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 3)
+    by_hand = 2 * sum(math.comb(10, i) for i in range(3)) / 2**10
+    assert sign_test(first, second) == pytest.approx((8, 2, by_hand))
+    assert sign_test(second, first) == pytest.approx((2, 8, by_hand))
+    assert sign_test(first, first) == (0, 0, 1.0)
+    # Several seeds: the first is right in more of the seeds on question 0 and in fewer on none; 1/3 of both is a tie.
+    assert sign_test(np.array([[1, 0], [1, 0], [0, 1]]), np.array([[0, 1], [0, 0], [1, 0]]))[:2] == (1, 0)
+
+
+def test_bootstrap_interval_agrees_with_the_normal_one_for_many_questions():
+    rng = np.random.default_rng(2)
+    first, second = rng.random((3, 2000)) < 0.7, rng.random((3, 2000)) < 0.65
+    difference = (first.mean(0) - second.mean(0)).astype(float)
+    error = difference.std() / math.sqrt(2000)
+    found = paired_bootstrap(first, second)
+    assert found.value == pytest.approx(difference.mean())
+    np.testing.assert_allclose([found.low, found.high], found.value + np.array([-1.96, 1.96]) * error, atol=error / 10)
+    assert paired_bootstrap(first, second) == found  # seeded
+    assert paired_bootstrap(first, first) == (0, 0, 0)
+
+
+def test_pairing_takes_out_how_hard_questions_are():
+    rng = np.random.default_rng(3)
+    hard = rng.random(1000) < 0.5
+    first, second = hard * 1.0, np.where(rng.random(1000) < 0.02, 1 - hard, hard)
+    paired = paired_bootstrap(first, second)
+    unpaired = math.sqrt(first.var() / 1000 + second.var() / 1000) * 1.96
+    assert (paired.high - paired.low) / 2 < unpaired / 3
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: mean_interval([]), r"shape \(0,\).*at least one number"),
+        (lambda: mean_interval([1.0, 2.0], 95), r"level=95 is not in \(0, 1\)"),
+        (lambda: expected_best([1.0, 2.0], 3), r"k=3 is not in \[1, 2\].*more seeds"),
+        (lambda: paired_bootstrap([1, 0, 1], [1, 0]), r"of 3 and 2 questions.*same questions"),
+        (lambda: sign_test([1], [0]), r"of 1 and 1 questions.*at least two"),
+    ],
+)
+def test_errors(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()

@@ -1,0 +1,74 @@
+"""Cells: what names them, what skips them, and the same trained alone and together."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from experiments.cells import Cell, Options, append, finished, part_of, read_lines, run_cells
+from stable_lora_jax.cli.train import TrainConfig
+from tests.models import tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("cells")
+    lines = [{"question": f"{i:02}?", "choices": [f"{i:02}", "xx"], "answer_index": 0} for i in range(24)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = {"batch_size": 4, "rank": 2, "loss": "choices", "holdout": 8, "lam": 0.1, "steps": 4}
+    return TrainConfig(model=str(tiny.save_with_tokenizer(folder / "model")), data=str(folder / "sums.jsonl"), **common)
+
+
+def options_in(folder: Path, **changes) -> Options:
+    return Options(results=folder / "results", runs=folder / "runs", **changes)
+
+
+def test_the_key_is_of_what_is_computed(base, tmp_path):
+    key = Cell(train=base).key
+    assert Cell(train=replace(base, run_dir=tmp_path, save_every=1, resume=True)).key == key
+    others = [Cell(train=replace(base, seed=1)), Cell(train=replace(base, lam=0.2)), Cell(train=base, score_on="test")]
+    assert len({key, *(cell.key for cell in others)}) == 4
+    # A line from before an option existed still counts: what it did is today's default.
+    old = {"data": "arc_easy", "method": "adamw", "seed": 3}
+    append(tmp_path / "old.jsonl", {"train": old, "score_on": "validation"})
+    assert list(finished("old", tmp_path)) == [Cell(train=TrainConfig(**old)).key]
+
+
+def test_together_is_as_alone_and_a_failure_is_a_line_too(base, tmp_path):
+    numbers = [{"learning_rate": 1e-2, "alpha": 4.0}, {"learning_rate": float("inf")}, {"seed": 1, "alpha": 16.0}]
+    cells = [Cell(train=replace(base, **each), score_on="holdout") for each in numbers]
+    alone = run_cells("x", cells[:2], options_in(tmp_path / "alone"))
+    options = options_in(tmp_path / "together", together=4)
+    together = run_cells("x", cells, options)
+    files = [tmp_path / kind / "runs" / cells[0].key / "adapter.safetensors" for kind in ("alone", "together")]
+    first, second = map(load_file, files)
+    for name, matrix in first.items():
+        np.testing.assert_allclose(second[name], matrix, atol=1e-5)
+    for field in ("stable_at", "correct_token", "questions", "steps", "train"):
+        assert alone[0][field] == together[0][field]
+    assert len(alone[0]["correct_token"]) == 8
+    assert alone[0]["accuracy_token"] == np.mean([bit == "1" for bit in alone[0]["correct_token"]])
+    for lines in (alone, together):
+        assert "Step" in lines[1]["failed"]
+        assert "accuracy_token" not in lines[1]
+    # None is run again.
+    before = (options.results / "x.jsonl").read_bytes()
+    assert run_cells("x", cells, options) == together == read_lines("x", options.results)
+    assert (options.results / "x.jsonl").read_bytes() == before
+
+
+def test_parts_are_all_cells_once(base, tmp_path):
+    cells = [Cell(train=replace(base, seed=seed)) for seed in range(5)]
+    parts = [part_of(cells, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(cell.train.seed for part, _ in parts for cell in part) == [0, 1, 2, 3, 4]
+    assert [suffix for _, suffix in parts] == [".1of3", ".2of3", ".3of3"]
+    assert part_of(cells, "1/1") == (cells, "")
+    for name in ("x", "x.2of3", "xy", "x.1of3"):
+        append(tmp_path / f"{name}.jsonl", {"name": name})
+    assert [line["name"] for line in read_lines("x", tmp_path)] == ["x", "x.1of3", "x.2of3"]
+    for part in ("3", "0/2", "3/2", "a/b"):
+        with pytest.raises(ValueError, match=r"is not understood.*3/8"):
+            part_of(cells, part)

@@ -1,0 +1,33 @@
+"""Every experiment from end to end on a tiny model; what is committed is what the lines say."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from experiments import make_results
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("name", list(make_results.EXPERIMENTS))
+def test_smoke(name, capsys):
+    module = importlib.import_module(f"experiments.{name}")
+    (config,) = (
+        value for key, value in vars(module).items() if key.endswith("Config") and value.__module__ == module.__name__
+    )
+    module.main(config(smoke=True))
+    assert "| --- |" in capsys.readouterr().out
+
+
+def test_committed_tables_are_those_of_the_committed_lines(tmp_path):
+    results = ROOT / "experiments" / "results"
+    copies = tmp_path / "results"
+    copies.mkdir()
+    for file in (*results.glob("*.jsonl"), *results.glob("*.json")):
+        (copies / file.name).write_bytes(file.read_bytes())
+    made = make_results.sections(copies)
+    for name, text in made.items():
+        assert (results / f"{name}.md").read_text() == make_results.page(name, text), "run make results"
+    shown = make_results.section(made, Path("experiments/results"), make_results.ResultsConfig.shown)
+    assert f"{make_results.BEGIN}\n{shown}\n{make_results.END}" in (ROOT / "README.md").read_text(), "run make results"
