@@ -233,8 +233,17 @@ def work(run_dir: Path, steps: int, keep: int) -> None:
     from stable_lora_jax.training import make_loss, make_optimizer, newest_step, train
 
     jax.config.update("jax_compilation_cache_dir", str(run_dir.parent / "programs"))
-    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_layers": 2, "num_heads": 6}
-    shape = DecoderConfig(**sizes, num_kv_heads=2, head_dim=4, rms_norm_eps=1e-5, max_positions=64)
+    shape = DecoderConfig(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=4,
+        rms_norm_eps=1e-5,
+        max_positions=64,
+    )
     model = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     for _, param in nnx.to_flat_state(nnx.state(model)):
