@@ -4,7 +4,7 @@ Question:  does a run survive SIGKILL at any moment, also in the middle of a sav
            folder a whole checkpoint, does the next start go on from the newest, and are state and losses those of an
            undisturbed run, bit by bit? Does SIGTERM save first?
 Command:   python -m experiments.kill_test
-Hardware:  2 CPU cores. Minutes: MINUTES.
+Hardware:  2 CPU cores. Minutes: about 8, or 30 on a busy machine.
 Expected:  no difference in any bit.
 
 The program under test is `training.train` in a process of its own: a small decoder with dropout, Stable-LoRA, a
@@ -233,8 +233,17 @@ def work(run_dir: Path, steps: int, keep: int) -> None:
     from stable_lora_jax.training import make_loss, make_optimizer, newest_step, train
 
     jax.config.update("jax_compilation_cache_dir", str(run_dir.parent / "programs"))
-    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_layers": 2, "num_heads": 6}
-    shape = DecoderConfig(**sizes, num_kv_heads=2, head_dim=4, rms_norm_eps=1e-5, max_positions=64)
+    shape = DecoderConfig(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=4,
+        rms_norm_eps=1e-5,
+        max_positions=64,
+    )
     model = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     for _, param in nnx.to_flat_state(nnx.state(model)):
