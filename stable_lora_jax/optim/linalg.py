@@ -148,15 +148,15 @@ def _inverse_root(grams: Float[Array, "k r r"], smallest: Float[Array, "k r"] | 
       smallest: what a pivot must be above for its direction to count as independent; r eps times its start if None.
     """
     rank = grams.shape[-1]
-    if smallest is None:
-        smallest = rank * jnp.finfo(grams.dtype).eps * jnp.diagonal(grams, axis1=-2, axis2=-1)
+    diagonal = jnp.diagonal(grams, axis1=-2, axis2=-1)
+    floor = rank * jnp.finfo(grams.dtype).eps * diagonal if smallest is None else smallest
     if rank > _SMALL:
         # With G = [[P, Q], [Qᵀ, R]]: the root of P, and that of R less what P explains of it.
         half = rank // 2
-        upper = _inverse_root(grams[:, :half, :half], smallest[:, :half])
+        upper = _inverse_root(grams[:, :half, :half], floor[:, :half])
         shared = product(transpose(upper), grams[:, :half, half:])
         rest = grams[:, half:, half:] - product(transpose(shared), shared)
-        lower = _inverse_root(rest, smallest[:, half:])
+        lower = _inverse_root(rest, floor[:, half:])
         corner = -product(product(upper, shared), lower)
         return jnp.block([[upper, corner], [jnp.zeros_like(transpose(corner)), lower]])
     # Elimination turns (G | I) into (Lᵀ | L⁻¹), row by row.
@@ -165,7 +165,7 @@ def _inverse_root(grams: Float[Array, "k r r"], smallest: Float[Array, "k r"] | 
     for j in range(rank):
         row = rows[:, j]
         pivot = row[:, j]
-        kept = pivot > smallest[:, j]
+        kept = pivot > floor[:, j]
         row = row * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, pivot, 1)), 0)[:, None]
         below = rows - row[:, :rank, None] * row[:, None, :]
         rows = jnp.where(done < j, rows, jnp.where(done == j, row[:, None, :], below))
