@@ -66,7 +66,9 @@ class Options:
 
 def training(options: Options, task: str, **changes: Any) -> TrainConfig:
     """Returns the run on a task that the options describe: softmax over the choices, unless changed."""
-    common = {"loss": "choices"} | {name: getattr(options, name) for name in ("model", "dtype", "steps")}
+    common: dict[str, Any] = {"loss": "choices"} | {
+        name: getattr(options, name) for name in ("model", "dtype", "steps")
+    }
     common |= {"batch_size": options.batch_size, "save_every": options.save_every}
     return TrainConfig(data=task, **common | changes)
 

@@ -11,7 +11,7 @@ Lines of a training file have "query" and "response" (MetaMathQA) or "question" 
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,10 @@ def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
     problems = [item for item in load_jsonl(cell.score_on) if isinstance(item, Completion)]
     prompts = tokenizer([p.prompt for p in problems], add_special_tokens=True, verbose=False)["input_ids"]
     answers: list[list[int]] = []
+    end: Any = tokenizer.eos_token_id
     for start in range(0, len(prompts), config.together_generated):
         part = prompts[start : start + config.together_generated]
-        answers += generate(model, part, max_new_tokens=config.max_new_tokens, eos_id=tokenizer.eos_token_id)
+        answers += generate(model, part, max_new_tokens=config.max_new_tokens, eos_id=end)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     wanted = [final_number(problem.completion) for problem in problems]
     right = [w is not None and final_number(text) == w for text, w in zip(texts, wanted, strict=True)]
@@ -124,7 +125,7 @@ def main(config: CotConfig) -> None:
                 {"question": f"{i} + {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(8)
             ]
             file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            main(type(small)(**vars(small) | {"train": str(file), "test": str(file)}))
+            main(replace(small, train=str(file), test=str(file)))
         return
     run_cells("cot", cells(config), config, lambda cell, directory: score(cell, directory, config))
     print(report(config.results))

@@ -32,7 +32,7 @@ class ResultsConfig:
     """Folder of the lines."""
     readme: Path = Path("README.md")
     """Gets the tables of `shown` between its two markers."""
-    shown: tuple[str, ...] = ("qa", "width_scaling")
+    shown: tuple[str, ...] = ("qa",)
     """Experiments whose tables the README shows; it links to the others."""
 
 

@@ -4,7 +4,7 @@ Question:  how much longer is a training step, and how much more does the optimi
 Command:   python -m experiments.overhead      (reads the lines of `make bench-optimizers` and of experiments.qa)
 Hardware:  any; the times are those of the files. Minutes: 0.1.
 Expected:  the paper, 0.5B on HellaSwag: Stable-LoRA +0.6 %, LoRA+ 0, Riemannian +8.3, LoRA-RITE +46; no extra memory.
-           A flag a matrix is one byte: 60 bytes here, beside 4.4 MB that AdamW keeps.
+           A flag a matrix is one byte: 60 bytes here, beside the 3.7 MB that AdamW keeps.
 """
 
 import json

@@ -97,6 +97,8 @@ def test_stops_are_recorded_at_their_step(tmp_path):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     gaps = {line["step"]: line["norms"] for line in lines if "norms" in line}
     assert sorted(gaps) == list(range(7))
+    assert all(("delta_1" in pair) == (step > 0) for step, pairs in gaps.items() for pair in pairs.values())
+    assert min(value for pair in gaps[1].values() for value in pair["delta_2"]) > 0
     expected = {}
     for pair in gaps[0]:
         for layer in range(3):
