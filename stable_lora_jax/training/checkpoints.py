@@ -158,7 +158,8 @@ class Checkpoints:
 
     def _delete(self, *patterns: str) -> None:
         for path in (path for pattern in patterns for path in self._directory.glob(pattern) if is_first()):
-            shutil.rmtree(path)
+            # What cannot be deleted now (a save that failed may still be at work there) is no checkpoint either way.
+            shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
