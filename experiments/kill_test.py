@@ -4,7 +4,7 @@ Question:  does a run survive SIGKILL at any moment, also in the middle of a sav
            folder a whole checkpoint, does the next start go on from the newest, and are state and losses those of an
            undisturbed run, bit by bit? Does SIGTERM save first?
 Command:   python -m experiments.kill_test
-Hardware:  2 CPU cores. Minutes: about 8, or 30 on a busy machine.
+Hardware:  2 CPU cores. Minutes: 18 beside much other work.
 Expected:  no difference in any bit.
 
 The program under test is `training.train` in a process of its own: a small decoder with dropout, Stable-LoRA, a
