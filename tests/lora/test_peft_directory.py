@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from stable_lora_jax.cli import main
+from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.data.assets import smollm2_gguf
 from stable_lora_jax.lora import inject_lora, inject_peft, lora_modules, merge_lora, save_adapter, save_peft
 from stable_lora_jax.models import huggingface_module, load_model
@@ -137,7 +138,8 @@ def test_real_peft_loads_it_and_computes_the_same(exported, tmp_path):
     model, directory = exported
     file = smollm2_gguf()
     reference = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokens = np.random.default_rng(0).integers(0, 49_152, (2, 16))
+    text = "Water boils at a lower temperature on a high mountain, because the pressure of the air is lower there."
+    tokens = np.array([load_tokenizer("smollm2-135m").encode(text)])
 
     def logits(module):
         with torch.no_grad():
@@ -146,8 +148,8 @@ def test_real_peft_loads_it_and_computes_the_same(exported, tmp_path):
     base = logits(reference)
     theirs = peft.PeftModel.from_pretrained(reference, directory)
     ours = np.asarray(tiny.call(model, jnp.asarray(tokens)))
-    # Float32 sums in another order through 30 layers; the base model alone differs by as much.
-    assert np.abs(logits(theirs) - ours).max() <= 2e-3
+    # Float32 sums in another order through 30 layers, logits up to 30; torch is 5e-5 from its own float64.
+    assert np.abs(logits(theirs) - ours).max() <= 1e-4
     assert np.abs(base - ours).max() > 0.1
     # Written again by PEFT, and read again by us: the same bits.
     theirs.save_pretrained(tmp_path / "again", save_embedding_layers=False)
@@ -163,4 +165,4 @@ def test_real_peft_loads_it_and_computes_the_same(exported, tmp_path):
         np.testing.assert_array_equal(lora_modules(other)[path].lora_b[...], module.lora_b[...])
     # Merged on both sides.
     merged = np.asarray(tiny.call(merge_lora(other), jnp.asarray(tokens)))
-    assert np.abs(logits(theirs.merge_and_unload()) - merged).max() <= 2e-3
+    assert np.abs(logits(theirs.merge_and_unload()) - merged).max() <= 1e-4
