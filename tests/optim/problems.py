@@ -36,22 +36,24 @@ def symmetric():
 def asymmetric():
     """Two pairs of different shapes, one of them much wider than tall."""
     rng = np.random.default_rng(2)
-    q, v = _data(rng, 24, 4, 6), _data(rng, 5, 2, 20)
-    params = {"q": _pair(rng, 24, 4, 6), "v": _pair(rng, 5, 2, 20)}
+    q, v = _data(rng, 24, 2, 6), _data(rng, 5, 2, 20)
+    params = {"q": _pair(rng, 24, 2, 6), "v": _pair(rng, 5, 2, 20)}
     return params, lambda params: _error(params["q"], *q) + _error(params["v"], *v)
 
 
 def mixed():
-    """A pair beside a trained bias and a kernel whose gradient is zero."""
+    """Pairs of two ranks beside a trained bias and a kernel whose gradient is zero."""
     rng = np.random.default_rng(3)
     x, y = _data(rng, 12, 4, 8)
+    x_q, y_q = _data(rng, 9, 2, 7)
     kernel = jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)
-    params = {"v": _pair(rng, 12, 4, 8) | {"kernel": kernel, "bias": jnp.zeros(8)}}
+    params = {"v": _pair(rng, 12, 4, 8) | {"kernel": kernel, "bias": jnp.zeros(8)}, "q": _pair(rng, 9, 2, 7)}
 
     def loss(params):
         v = params["v"]
         frozen = jax.lax.stop_gradient(v["kernel"])
-        return jnp.mean((x @ (frozen - kernel) + x @ v["lora_a"] @ v["lora_b"] + v["bias"] - (y + 0.5)) ** 2)
+        moved = x @ (frozen - kernel) + x @ v["lora_a"] @ v["lora_b"] + v["bias"]
+        return jnp.mean((moved - (y + 0.5)) ** 2) + _error(params["q"], x_q, y_q)
 
     return params, loss
 

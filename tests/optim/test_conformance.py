@@ -226,21 +226,24 @@ def test_every_number_may_be_injected(make):
 def test_works_masked_and_partitioned(row):
     make, rate, params, loss = _case(row, "mixed")
     grads = jax.grad(loss)(params)
-    adapters = {"v": {"lora_a": True, "lora_b": True, "kernel": False, "bias": False}}
+    adapters = {
+        "v": {"lora_a": True, "lora_b": True, "kernel": False, "bias": False},
+        "q": {"lora_a": True, "lora_b": True},
+    }
     frozen = jax.tree.map(lambda is_adapter: not is_adapter, adapters)
     masked = optax.chain(optax.masked(make(rate), adapters), optax.masked(optax.set_to_zero(), frozen))
     labels = jax.tree.map(lambda is_adapter: "train" if is_adapter else "freeze", adapters)
     partitioned = optax.partition({"train": make(rate), "freeze": optax.set_to_zero()}, labels)
-    alone = {"v": {side: params["v"][side] for side in ("lora_a", "lora_b")}}
-    plain = make(rate)
-    expected, _ = jax.jit(plain.update)(
-        {"v": {side: grads["v"][side] for side in alone["v"]}}, plain.init(alone), alone
-    )
+
+    def pairs_of(tree):
+        return {name: {side: pair[side] for side in ("lora_a", "lora_b")} for name, pair in tree.items()}
+
+    alone, plain = pairs_of(params), make(rate)
+    expected, _ = jax.jit(plain.update)(pairs_of(grads), plain.init(alone), alone)
     for tx in (masked, partitioned):
         updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
         assert not updates["v"]["bias"].any()
-        got = {"v": {side: updates["v"][side] for side in alone["v"]}}
-        _assert_close(row, got, expected)
+        _assert_close(row, pairs_of(updates), expected)
 
 
 @rows
