@@ -4,7 +4,7 @@ Question:  SmolLM2-135M-Instruct as float32, bfloat16, int8 and nf4 (the last tw
            embedding in it): how many bytes is the frozen base, and how good is it on the 570 validation questions of
            ARC-Easy, before training and after 60 steps of Stable-LoRA?
 Command:   make quantize        (or python -m experiments.quantize)
-Hardware:  2 CPU cores. Minutes: about 12, an estimate: not yet run to its end.
+Hardware:  2 CPU cores. Minutes: 14.
 Expected:  538, 269, 163 and 116 MB. int8 as good as bfloat16 (+- 2 %, a standard error of 570 questions); nf4 behind,
            as the weights of this file were rounded once before, to other 4 bits.
 """
