@@ -2,7 +2,7 @@
 
 Question:  does the step fit, what binds it, how many tokens a second do the chips' published rates allow?
 Command:   make plan            (needs libtpu, no TPU)
-Hardware:  2 CPU cores. Minutes: `planning_seconds` in each file; about four minutes of one core for each.
+Hardware:  2 CPU cores. Minutes: 8; `planning_seconds` in each file.
 Expected:  all four fit; the step for 256 chips compiles as the one for 16 does.
 
 The real step, bfloat16 base, LoRA r = 8 on q and v, rows of 1024 tokens that are all predicted, weights split over all
