@@ -12,7 +12,7 @@ import math
 import jax
 import optax
 
-from stable_lora_jax.optim.hyperparameters import Number, check_range
+from stable_lora_jax.optim.hyperparameters import Number, check_adam, check_range
 from stable_lora_jax.optim.pairs import Labels, PyTree, StackAxes, find_pairs, is_none
 
 
@@ -37,7 +37,7 @@ def lora_plus(
       labels, stack_axes: which leaves are A and B; see `find_pairs`.
 
     Raises:
-      ValueError: a ratio below 1 or not finite; in init, everything that `find_pairs` raises.
+      ValueError: a ratio below 1 or not finite, or another number out of range; in init, everything that `find_pairs` raises.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,13 +54,22 @@ def lora_plus(
         "ratio", ratio, 1, math.inf, "It is the learning rate of B over that of A; LoRA+ advises about 16, 1 is AdamW."
     )
 
-    def faster_b(updates: PyTree) -> PyTree:
+    check_adam(b1, b2, eps, weight_decay)
+
+    def init(params: PyTree) -> optax.EmptyState:
+        find_pairs(params, labels, stack_axes)
+        return optax.EmptyState()
+
+    def faster_b(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
+        del params
         moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         for pair in find_pairs(updates, labels, stack_axes):
             moves[pair.b] = (ratio * moves[pair.b]).astype(moves[pair.b].dtype)
-        return jax.tree.unflatten(treedef, moves)
+        return jax.tree.unflatten(treedef, moves), state
 
     return optax.chain(
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
-        optax.stateless(lambda updates, _: faster_b(updates)),
+        optax.GradientTransformation(init, faster_b),
     )

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32, Int32
 
-from stable_lora_jax.optim.hyperparameters import Number, check_range
+from stable_lora_jax.optim.hyperparameters import Number, check_adam, check_range
 from stable_lora_jax.optim.linalg import (
     alike,
     factors,
@@ -122,7 +122,7 @@ def lora_rite(
       labels, stack_axes: which leaves are A and B, and which axes count matrices; see `find_pairs`.
 
     Raises:
-      ValueError: as `scale_by_lora_rite`; `max_step_a` negative or not finite.
+      ValueError: as `scale_by_lora_rite`; `weight_decay` or `max_step_a` negative or not finite.
 
     Example:
       >>> params = {"lora_a": jnp.ones((64, 1)), "lora_b": jnp.zeros((1, 16))}
@@ -134,6 +134,7 @@ def lora_rite(
     References:
       arXiv 2410.20625, algorithm 1.
     """
+    check_range("weight_decay", weight_decay, 0, math.inf, "0 switches it off.")
     if max_step_a is not None:
         check_range("max_step_a", max_step_a, 0, math.inf, "It bounds ‖ΔA‖/‖A‖ of a step; None bounds nothing.")
     rite = scale_by_lora_rite(
@@ -189,9 +190,8 @@ def scale_by_lora_rite(
     References:
       arXiv 2410.20625, algorithm 1.
     """
-    for name, value in {"b1": b1, "b2": b2}.items():
-        check_range(name, value, 0, 1, "It is the decay rate of a moment, e.g. 0.9 or 0.999.")
-    limits = {"eps": eps, "clip": clip, "update_skipping": update_skipping, "update_capping": update_capping}
+    check_adam(b1, b2, eps)
+    limits = {"clip": clip, "update_skipping": update_skipping, "update_capping": update_capping}
     for name, value in limits.items():
         check_range(name, value, 0, math.inf, "0 switches it off.")
 
@@ -228,8 +228,11 @@ def scale_by_lora_rite(
         unmagnified = [times(g, t) for g, t in zip(grad_a + grad_b, maps, strict=True)]
         covariances = [gram(u, u) for u in unmagnified]
         kept, scales, clip_factor = _skip_and_clip(unmagnified, covariances, update_skipping, clip)
+        # Chosen, not multiplied by 0: what is skipped may hold inf or NaN.
+        unmagnified = [jnp.where(k[:, None, None], u, 0) for k, u in zip(kept, unmagnified, strict=True)]
         covariances = [
-            c * (s**2 / u.shape[-1])[:, None, None] for c, s, u in zip(covariances, scales, unmagnified, strict=True)
+            jnp.where(k[:, None, None], c * (s**2 / u.shape[-1])[:, None, None], 0)
+            for k, c, s, u in zip(kept, covariances, scales, unmagnified, strict=True)
         ]
         second_moment = functools.partial(_second_moment, step=step, b2=b2, eps=eps, escape=escape)
         before = [each.second for each in old], [each.escape for each in old]

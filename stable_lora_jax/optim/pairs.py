@@ -90,7 +90,7 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
     """
     paths, _ = _paths(params)
     leaves = jax.tree.leaves(params, is_leaf=is_none)
-    found = _labels_by_name(paths) if labels is None else _labels_given(params, paths, labels)
+    found = _labels_by_name(paths) if labels is None else _labels_given(params, paths, leaves, labels)
     pairs = []
     for name, a, b in _match(paths, found):
         for index in (a, b):
@@ -139,7 +139,9 @@ def _labels_by_name(paths: Sequence[tuple[str, ...]]) -> list[str]:
     return [parsed[1] if (parsed := _parse(path)) else OTHER for path in paths]
 
 
-def _labels_given(params: PyTree, paths: Sequence[tuple[str, ...]], labels: Labels) -> list[str]:
+def _labels_given(
+    params: PyTree, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any], labels: Labels
+) -> list[str]:
     """Returns one label a leaf from a label tree, in which a label stands for all leaves below its path."""
     tree = labels(params) if callable(labels) else labels
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -147,7 +149,10 @@ def _labels_given(params: PyTree, paths: Sequence[tuple[str, ...]], labels: Labe
     if unknown := sorted({str(label) for label in by_path.values()} - {LORA_A, LORA_B, OTHER}):
         raise ValueError(f"labels holds {unknown}. Each label must be one of 'lora_a', 'lora_b', 'other'.")
     found = []
-    for path in paths:
+    for path, leaf in zip(paths, leaves, strict=True):
+        if leaf is None:
+            found.append(OTHER)
+            continue
         above = next((path[:depth] for depth in range(len(path), -1, -1) if path[:depth] in by_path), None)
         if above is None:
             raise ValueError(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32
 
-from stable_lora_jax.optim.hyperparameters import Number, check_range
+from stable_lora_jax.optim.hyperparameters import Number, check_adam, check_range
 from stable_lora_jax.optim.linalg import alike, factors, gram, in_one_call, inverse, put_back, times
 from stable_lora_jax.optim.pairs import Labels, Pair, PyTree, StackAxes, find_pairs, is_none
 
@@ -115,12 +115,13 @@ def riemannian_adamw(
       labels, stack_axes: which leaves are A and B, and which axes count matrices; see `find_pairs`.
 
     Raises:
-      ValueError: an unknown ordering; as `scale_by_riemannian`.
+      ValueError: an unknown ordering, a number out of range; as `scale_by_riemannian`.
 
     References:
       arXiv 2402.02347, algorithm 1 and its published code.
     """
     check_range("reg", reg, 0, math.inf, _REG)
+    check_adam(b1, b2, eps, weight_decay)
     if ordering not in ORDERINGS:
         raise ValueError(f"ordering={ordering!r} is unknown. Known orderings: {', '.join(ORDERINGS)}.")
     sequential = ordering == "sequential"

@@ -112,7 +112,8 @@ def stable_lora_shrink(
     References:
       arXiv 2603.05204, algorithm 1.
     """
-    check_range("lam", lam, 0, 1, _LAM)
+    if not callable(lam):
+        check_range("lam", lam, 0, 1, _LAM)
 
     def init(params: PyTree) -> StableLoraState:
         return _init(params, find_pairs(params, labels, stack_axes))
@@ -162,7 +163,8 @@ def stable_lora(
     References:
       arXiv 2603.05204, algorithm 1.
     """
-    check_range("lam", lam, 0, 1, _LAM)
+    if not callable(lam):
+        check_range("lam", lam, 0, 1, _LAM)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> tuple[StableLoraState, optax.OptState]:

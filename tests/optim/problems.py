@@ -61,8 +61,8 @@ def mixed():
 def stacked():
     """Three layers in one leaf."""
     rng = np.random.default_rng(4)
-    x, y = _data(rng, 10, 2, 6, stack=(3,))
-    return {"layers": _pair(rng, 10, 2, 6, stack=(3,))}, lambda params: _error(params["layers"], x, y)
+    x, y = _data(rng, 16, 2, 8, stack=(3,))
+    return {"layers": _pair(rng, 16, 2, 8, stack=(3,))}, lambda params: _error(params["layers"], x, y)
 
 
 PROBLEMS = {"symmetric": symmetric, "asymmetric": asymmetric, "mixed": mixed, "stacked": stacked}

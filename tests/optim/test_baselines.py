@@ -217,6 +217,23 @@ def test_rite_counts_what_it_skips_and_how_much_it_clips():
     assert updates["lora_a"][0].any()
 
 
+@pytest.mark.parametrize("value", [1e25, np.inf, np.nan])
+def test_a_skipped_factor_harms_nothing_however_large_its_gradient(value):
+    rng = np.random.default_rng(6)
+    params = {"lora_a": jnp.asarray(rng.normal(size=(2, 12, 3))), "lora_b": jnp.asarray(rng.normal(size=(2, 3, 6)))}
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
+    tx = lora_rite(1e-3)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for large in (True, False):
+        given = grads | {"lora_a": grads["lora_a"].at[1, 0, 0].set(value)} if large else grads
+        updates, state = update(given, state, params)
+        assert updates["lora_a"][1].any() != large
+        params = optax.apply_updates(params, updates)
+        assert all(jnp.isfinite(leaf).all() for leaf in params.values())
+    np.testing.assert_array_equal(lora_rite_report(state).skipped_a["lora"], [0, 1])
+
+
 def test_rite_trains_where_the_batch_is_smaller_than_the_rank():
     rng = np.random.default_rng(7)
     x, y = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 16), (2, 8)))
@@ -273,6 +290,8 @@ def test_balance_ends_at_equal_norms_and_keeps_the_product():
     [
         (lambda: lora_plus(1e-3, 0.5), "ratio=0.5 is not in [1, inf). It is the learning rate of B over that of A"),
         (lambda: lora_plus(1e-3, float("nan")), "ratio=nan is not in [1, inf)"),
+        (lambda: lora_plus(1e-3, 4.0, b1=1.0), "b1=1.0 is not in [0, 1). It is the decay rate of a moment"),
+        (lambda: riemannian_adamw(1e-3, eps=-1.0), "eps=-1.0 is not in [0, inf). It keeps a division"),
         (lambda: scale_by_riemannian(-1.0), "reg=-1.0 is not in [0, inf). reg is added to the diagonal"),
         (lambda: riemannian_adamw(1e-3, reg=float("inf")), "reg=inf is not in [0, inf)"),
         (

@@ -8,7 +8,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from stable_lora_jax import (
     lora_plus,
@@ -55,6 +56,7 @@ ROWS = {
         ),
         2e-2,
     ),
+    "stable_lora(lora_plus)": (lambda lr, **o: stable_lora(lora_plus(lr, ratio=4.0, **o), 0.005, **o), 2e-2),
     "stable_lora(riemannian_adamw)": (lambda lr, **o: stable_lora(riemannian_adamw(lr, **o), 0.005, **o), 3e-2),
     "stable_lora(lora_rite)": (
         lambda lr, **o: stable_lora(lora_rite(lr, update_skipping=0.0, max_step_a=0.1, **o), 0.005, **o),
@@ -135,6 +137,15 @@ def test_keeps_dtypes_and_trains_in_low_precision(row, dtype):
 
 
 @rows
+def test_init_refuses_what_is_no_pair(row):
+    make, rate = ROWS[row]
+    with pytest.raises(ValueError, match="A without its B"):
+        make(rate).init({"q": {"lora_a": jnp.ones((4, 2))}})
+    with pytest.raises(ValueError, match="No LoRA adapter found"):
+        make(rate).init({"kernel": jnp.ones((4, 2))})
+
+
+@rows
 def test_state_keeps_its_structure_under_cond(row):
     make, rate, params, loss = _case(row, "stacked")
     tx = make(rate)
@@ -158,7 +169,7 @@ def test_equals_one_device_on_eight(row, eight_devices):
     make, rate, params, _ = _case(row, "stacked")
     params = jax.tree.map(lambda p: jnp.concatenate([p] * 8)[:8], params)
     grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
-    tx = make(rate)
+    tx = make(rate, stack_axes=(0,))
     mesh = jax.make_mesh((8,), ("fsdp",), devices=eight_devices, axis_types=(jax.sharding.AxisType.Auto,))
 
     def two_steps(params, grads):
@@ -166,12 +177,16 @@ def test_equals_one_device_on_eight(row, eight_devices):
         for _ in range(2):
             updates, state = tx.update(grads, state, params)
             params = optax.apply_updates(params, updates)
-        return params
+        return params, state
 
     expected = jax.jit(two_steps)(params, grads)
-    for spec in (PartitionSpec("fsdp"), PartitionSpec(None, None, None)):
-        placed = jax.device_put((params, grads), NamedSharding(mesh, spec))
-        chex.assert_trees_all_close(jax.jit(two_steps)(*placed), expected, rtol=1e-4, atol=1e-6)
+    # Split over the stack; and over the fan-in of A and the fan-out of B.
+    for a, b in (((P("fsdp"),) * 2), (P(None, "fsdp"), P(None, None, "fsdp"))):
+        specs = {"layers": {"lora_a": NamedSharding(mesh, a), "lora_b": NamedSharding(mesh, b)}}
+        placed = jax.device_put((params, grads), (specs, specs))
+        moved, state = jax.jit(two_steps, out_shardings=(specs, None))(*placed)
+        chex.assert_trees_all_close(moved, expected[0], rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, expected[1])
 
 
 @rows

@@ -72,6 +72,12 @@ def test_other_names_are_paired_by_the_smallest_shared_subtree():
     assert [(pair.a, pair.b) for pair in find_pairs(params, labels=labels)] == [(0, 2), (3, 4)]
 
 
+def test_labels_need_none_for_a_hole():
+    params = {"q": {"kernel": None, "down": jnp.ones((4, 2)), "up": jnp.ones((2, 4))}}
+    labels = {"q": {"kernel": None, "down": "lora_a", "up": "lora_b"}}
+    assert names(params, labels=labels) == ["q/down"]
+
+
 @pytest.mark.parametrize(
     ("a", "b", "stack_axes", "expected"),
     [
