@@ -37,7 +37,7 @@ def lora_plus(
       labels, stack_axes: which leaves are A and B; see `find_pairs`.
 
     Raises:
-      ValueError: a ratio below 1 or not finite, or another number out of range; in init, everything that `find_pairs` raises.
+      ValueError: a number out of range; in init, everything that `find_pairs` raises.
 
     Example:
       >>> import jax.numpy as jnp
