@@ -139,9 +139,7 @@ def _labels_by_name(paths: Sequence[tuple[str, ...]]) -> list[str]:
     return [parsed[1] if (parsed := _parse(path)) else OTHER for path in paths]
 
 
-def _labels_given(
-    params: PyTree, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any], labels: Labels
-) -> list[str]:
+def _labels_given(params: PyTree, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any], labels: Labels) -> list[str]:
     """Returns one label a leaf from a label tree, in which a label stands for all leaves below its path."""
     tree = labels(params) if callable(labels) else labels
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
