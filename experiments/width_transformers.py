@@ -3,9 +3,11 @@
 Question:  do A_t Z, B_t, δ₁, δ₂, δ₃ and ΔY of adapters on q and v grow with the width of a decoder as theorem 3.1 says,
            and as in the single layer of experiments.width_scaling, for AdamW and Stable-LoRA?
 Command:   python -m experiments.width_transformers       (--help)
-Hardware:  2 CPU cores, 4 GB. Minutes: about 8. A step costs n², so width 4096 alone would take 16 times as long as all
-           of these: `--widths 64 256 1024 4096` is for an accelerator.
-Expected:  the predictions of experiments.width_scaling, +- 0.15.
+Hardware:  2 CPU cores, 4 GB. Minutes: about 3. A step costs n², so width 4096 alone would take more than ten times as
+           long as all of these: `--widths 64 256 1024 4096` is for an accelerator.
+Expected:  the table's predictions, +- 0.15, but for the disagreement that experiments.width_scaling has too: at c = 3/2
+           and with b2 = 0.999, Stable-LoRA's B and ΔY vanish, ΔY with γ = -0.5 to -0.6. The loss falls by 1 % at most
+           on average over the seeds: so little is learned that this says nothing of training to the end.
 
 A decoder of two layers, heads of 16 and a feed-forward part as wide as the rest learns two random sequences of eight
 tokens. Its frozen weights are random with variance 1/fan-in; those of the output layer 1/n², so that a change of a
