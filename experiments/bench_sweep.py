@@ -125,7 +125,7 @@ def measure(config: BenchConfig, count: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the README's table."""
+    """Returns the table."""
     lines = [
         "| adapters at once | s a step together | s a step alone | K alone / together | memory, GB |",
         "|" + "---|" * 5,
@@ -136,6 +136,16 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['peak_gigabytes']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def report(results: Path) -> str:
+    """Returns the table with its machine, if it has been measured."""
+    file = results / "bench_sweep.json"
+    if not file.exists():
+        return ""
+    result = json.loads(file.read_text())
+    where = f"{result['machine']['cpu']}, {result['machine']['cores']} cores, {result['rows'][0]['device']}"
+    return f"{table(result)}\n\n{where}; jax {result['versions']['jax']}, base in {result['dtype']}.\n\n"
 
 
 if __name__ == "__main__":

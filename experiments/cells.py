@@ -15,7 +15,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,8 +46,8 @@ class Options:
     """Of the base model: float32 or bfloat16."""
     score_on: str = "validation"
     """The questions reported: validation, test, or a .jsonl file."""
-    steps: int = 68
-    """Steps of a run; 68 of 8 questions take about 100 seconds on 2 cores."""
+    steps: int | None = 68
+    """Steps of a run; 68 of 8 questions take about 100 seconds on 2 cores. None passes once over all questions."""
     batch_size: int = 8
     """Questions a step."""
     save_every: int = 25
@@ -60,6 +60,8 @@ class Options:
     """Train up to this many cells in one program, where they differ in numbers and seed alone; pays on accelerators."""
     part: str = "1/1"
     """Which part of the cells to run, as 3/8; the lines then go to NAME.3of8.jsonl. For arrays of jobs."""
+    ray: int = 0
+    """Run cells as Ray tasks that take this many CPU cores each, and a GPU where there are any; 0 does without Ray."""
     smoke: bool = False
     """Try everything in seconds: a tiny model, 4 steps, and a run killed at 2 steps and resumed."""
 
@@ -106,20 +108,34 @@ def run_cells(name: str, cells: Sequence[Cell], options: Options, score: Score |
     done = finished(name, options.results)
     todo = [cell for cell in mine if cell.key not in done]
     print(f"{name}: {len(cells)} cells, {len(todo)} to run here", flush=True)
-    for group in _groups(todo, options.together):
-        for cell, outcome in zip(group, train_cells(group, options.runs), strict=True):
-            start = time.perf_counter()
-            if "failed" not in outcome:
-                outcome |= (score or score_questions)(cell, options.runs / cell.key)
-                outcome["score_seconds"] = round(time.perf_counter() - start, 1)
-            record = (
-                {"key": cell.key, "train": described(cell.train), "score_on": cell.score_on} | outcome | provenance()
-            )
-            append(file, record)
-            done[cell.key] = record
-            told = {key: outcome[key] for key in ("accuracy_token", "nll_token", "failed") if key in outcome}
-            print(f"{name}: {cell.key} {told}", flush=True)
+    groups = _groups(todo, options.together)
+    for record in _records(groups, options, score or score_questions):
+        append(file, record)
+        done[record["key"]] = record
+        told = {key: record[key] for key in ("accuracy_token", "nll_token", "failed") if key in record}
+        print(f"{name}: {record['key']} {told}", flush=True)
     return [done[cell.key] for cell in cells if cell.key in done]
+
+
+def _records(groups: Sequence[Sequence[Cell]], options: Options, score: Score) -> Iterator[Record]:
+    """Yields the lines of all groups, as they come: run here one after the other, or by Ray."""
+    if not options.ray:
+        for group in groups:
+            yield from run_group(group, options.runs, score)
+    elif groups:
+        from experiments.on_ray import run_on_ray
+
+        yield from run_on_ray(groups, options.runs, score, options.ray)
+
+
+def run_group(group: Sequence[Cell], runs: Path, score: Score) -> Iterator[Record]:
+    """Trains cells at once, scores one after the other, and yields a line for each; writes run directories alone."""
+    for cell, outcome in zip(group, train_cells(group, runs), strict=True):
+        start = time.perf_counter()
+        if "failed" not in outcome:
+            outcome |= score(cell, runs / cell.key)
+            outcome["score_seconds"] = round(time.perf_counter() - start, 1)
+        yield {"key": cell.key, "train": described(cell.train), "score_on": cell.score_on} | outcome | provenance()
 
 
 def part_of(cells: Sequence[Cell], part: str) -> tuple[list[Cell], str]:
@@ -198,7 +214,8 @@ def provenance() -> Record:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    root = Path(__file__).parent.parent  # a Ray task may run in any directory
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 

@@ -22,8 +22,11 @@ from experiments.cells import Cell, Options, Record, read_lines, run_cells, trai
 from experiments.smoke import smoke
 from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.data import Completion, load_jsonl, load_tokenizer
-from stable_lora_jax.evaluation import final_number
+from stable_lora_jax.evaluation import exact_match
 from stable_lora_jax.models import generate
+
+AT_ONCE = 64  # problems answered at once
+GSM8K = Path(__file__).parent / "gsm8k" / "problems.jsonl"  # ten problems, for the smoke test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,6 @@ class CotConfig(Options):
     """Seeds 0, 1, ..."""
     max_new_tokens: int = 400
     """Longest answer."""
-    together_generated: int = 64
-    """Problems answered at once."""
 
 
 def as_file(source: str, split: str, folder: Path) -> str:
@@ -84,31 +85,26 @@ def cells(config: CotConfig) -> list[Cell]:
 
 def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
     """Returns the share of problems whose generated answer ends in the right number, and which ones."""
-    model, tokenizer = (
-        load_with_adapter(cell.train.model, directory, cell.train.dtype),
-        load_tokenizer(cell.train.model),
-    )
+    train = cell.train
+    model, tokenizer = load_with_adapter(train.model, directory, train.dtype), load_tokenizer(train.model)
     problems = [item for item in load_jsonl(cell.score_on) if isinstance(item, Completion)]
     prompts = tokenizer([p.prompt for p in problems], add_special_tokens=True, verbose=False)["input_ids"]
     answers: list[list[int]] = []
     end: Any = tokenizer.eos_token_id
-    for start in range(0, len(prompts), config.together_generated):
-        part = prompts[start : start + config.together_generated]
+    for start in range(0, len(prompts), AT_ONCE):
+        part = prompts[start : start + AT_ONCE]
         answers += generate(model, part, max_new_tokens=config.max_new_tokens, eos_id=end)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    wanted = [final_number(problem.completion) for problem in problems]
-    right = [w is not None and final_number(text) == w for text, w in zip(texts, wanted, strict=True)]
+    right = [exact_match(text, problem.completion) for text, problem in zip(texts, problems, strict=True)]
     bits = "".join("01"[one] for one in right)
     return {"accuracy_token": sum(right) / len(right), "questions": len(right), "correct_token": bits}
 
 
 def report(results: Path) -> str:
     """Returns the table."""
-    groups = tables.grouped(
-        read_lines("cot", results), lambda r: (r["train"]["model"], r["steps"], r["train"]["method"])
-    )
-    header = ("model", "steps", "method", "seeds", "exact match, %", "best of 3")
-    header += ("minus AdamW, seeds", "minus AdamW, questions", "sign test p", "stable")
+    records = read_lines("cot", results)
+    groups = tables.grouped(records, lambda r: (r["train"]["model"], r["steps"], r["train"]["method"]))
+    header = ("model", "steps", "method", "seeds", "exact match, %", "best of 3", *tables.COMPARED, "stable")
     rows = []
     for key, each in groups.items():
         accuracy = tables.percent(tables.of_seeds(each, "accuracy_token"))
@@ -120,12 +116,7 @@ def report(results: Path) -> str:
 def main(config: CotConfig) -> None:
     if config.smoke:
         with smoke(config, lengths=(4,), seeds=1, max_new_tokens=4) as small:
-            file = small.results.parent / "gsm8k.jsonl"
-            lines = [
-                {"question": f"{i} + {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(8)
-            ]
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            main(replace(small, train=str(file), test=str(file)))
+            main(replace(small, train=str(GSM8K), test=str(GSM8K)))
         return
     run_cells("cot", cells(config), config, lambda cell, directory: score(cell, directory, config))
     print(report(config.results))

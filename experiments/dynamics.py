@@ -10,6 +10,7 @@ Expected:  AdamW: ‖A‖ never below its start, δ₁ above δ₂ at first. λ 
 δ₁ and δ₂ are norms of products of matrices, as white layer inputs would give them; the paper's Z are real inputs.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,10 @@ class DynamicsConfig(Options):
 
 def cells(config: DynamicsConfig) -> list[Cell]:
     found = []
-    for task in config.tasks:
-        for lam, rate, scale in config.points:
-            numbers = {"learning_rate": rate, "alpha": 8 * scale, "lam": lam, "loss": "answer"}
-            method = "stable-lora" if lam else "adamw"
-            train = training(config, task, method=method, norms_every=config.norms_every, **numbers)
-            found.append(Cell(train=train, score_on=config.score_on))
+    for task, (lam, rate, scale) in itertools.product(config.tasks, config.points):
+        numbers = {"learning_rate": rate, "alpha": 8 * scale, "lam": lam, "loss": "answer"}
+        numbers |= {"method": "stable-lora" if lam else "adamw", "norms_every": config.norms_every}
+        found.append(Cell(train=training(config, task, **numbers), score_on=config.score_on))
     return found
 
 
@@ -84,9 +83,8 @@ def report(results: Path) -> str:
     if not drawn:
         return ""
     draw(drawn, results / "dynamics.png")
-    return f"{tables.markdown(header, rows)}\n\n![norms and terms over the steps](dynamics.png)\n\n" + tables.failures(
-        records
-    )
+    text = f"{tables.markdown(header, rows)}\n\n![norms and terms over the steps](dynamics.png)\n\n"
+    return text + tables.failures(records)
 
 
 def draw(records: list[Record], path: Path) -> None:

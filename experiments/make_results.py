@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import ablation, cot, dynamics, overhead, qa, targets, width_scaling
+from experiments import ablation, bench_sweep, cot, dynamics, overhead, qa, targets, width_scaling, width_transformers
 
 EXPERIMENTS = {
     "qa": qa,
@@ -20,7 +20,9 @@ EXPERIMENTS = {
     "cot": cot,
     "overhead": overhead,
     "width_scaling": width_scaling,
+    "width_transformers": width_transformers,
 }
+PAGES = EXPERIMENTS | {"bench_sweep": bench_sweep}  # measured by `make bench-sweep`
 BEGIN, END = "<!-- results: made by `make results`, do not edit -->", "<!-- end of results -->"
 
 
@@ -38,13 +40,13 @@ class ResultsConfig:
 
 def sections(results: Path) -> dict[str, str]:
     """Returns experiment -> its tables in Markdown, of those that have lines; draws the figures."""
-    made = {name: module.report(results) for name, module in EXPERIMENTS.items()}
+    made = {name: module.report(results) for name, module in PAGES.items()}
     return {name: text for name, text in made.items() if text}
 
 
 def page(name: str, text: str) -> str:
     """Returns an experiment's page: what it asks, in its own words, and its tables."""
-    record = (EXPERIMENTS[name].__doc__ or "").strip()
+    record = (PAGES[name].__doc__ or "").strip()
     title, _, rest = record.partition("\n")
     return f"# {title}\n\n```\n{rest.strip()}\n```\n\n{text.strip()}\n"
 
@@ -53,7 +55,7 @@ def section(made: dict[str, str], results: Path, shown: tuple[str, ...]) -> str:
     """Returns the README's section."""
     parts = []
     for name, text in made.items():
-        title = (EXPERIMENTS[name].__doc__ or "").partition("\n")[0].rstrip(".")
+        title = (PAGES[name].__doc__ or "").partition("\n")[0].rstrip(".")
         parts.append(f"[{title}]({(results / name).as_posix()}.md)")
         if name in shown:
             without_figures = re.sub(r"!\[.*?\]\(.*?\)\n*", "", text)

@@ -71,7 +71,7 @@ def report(results: Path) -> str:
     records = read_lines("qa", results)
     searched = tables.grouped(read_lines("qa_search", results), lambda r: (tables.task_of(r), r["train"]["method"]))
     header = ("method", "η, s, λ", "searched", "seeds", "accuracy, %", "best of 3", "nats a token")
-    header += ("minus AdamW, seeds", "minus AdamW, questions", "sign test p", "stable")
+    header += (*tables.COMPARED, "stable")
     text = ""
     for task, of_task in tables.grouped(records, tables.task_of).items():
         methods = tables.grouped(of_task, lambda record: record["train"]["method"])

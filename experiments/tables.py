@@ -10,6 +10,9 @@ import numpy as np
 from experiments.cells import Record, correctness
 from stable_lora_jax.evaluation import Estimate, expected_best, mean_interval, paired_bootstrap, sign_test
 
+# What `compared` returns.
+COMPARED = ("minus AdamW, seeds", "minus AdamW, questions", "sign test p")
+
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns a Markdown table."""

@@ -50,7 +50,7 @@ def report(results: Path) -> str:
     """Returns the table."""
     records = read_lines("targets", results)
     header = ("task", "targets", "method", "seeds", "accuracy, %", "best of 3", "nats a token")
-    header += ("minus AdamW, seeds", "minus AdamW, questions", "sign test p", "stable")
+    header += (*tables.COMPARED, "stable")
     groups = tables.grouped(records, lambda r: (tables.task_of(r), r["train"]["targets"], r["train"]["method"]))
     rows = [
         [

@@ -22,6 +22,7 @@ the first, with one η and s for every c, AdamW missed its predictions at c = 3/
 these widths; b2 = 0.999 missed them in all rounds that followed. The lines are of fresh teachers, inputs and starts.
 """
 
+import itertools
 import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -86,6 +87,14 @@ def constants(c: float, steps: int) -> tuple[float, float]:
     return learned / (64 * steps), 0.02 * 64 / (RANK * max(1, learned) * learned)
 
 
+def sizes_of_step(z: Array, old: dict[str, Array], new: dict[str, Array], scale: Array) -> Array:
+    """Returns the root mean squares of `NAMES` in a step from the old A and B to the new ones, on inputs z."""
+    (az, b), (moved_az, moved_b) = ((z @ p["lora_a"], p["lora_b"]) for p in (old, new))
+    terms = [az @ (moved_b - b), (moved_az - az) @ b, (moved_az - az) @ (moved_b - b)]
+    sizes = [az, b, *(scale * term for term in terms), scale * sum(terms)]
+    return jnp.stack([jnp.sqrt(jnp.mean(x**2)) for x in sizes])
+
+
 @partial(jax.jit, static_argnames=("width", "steps", "shrink"))
 def students(
     width: int, steps: int, eta: Array, scale: Array, lam: Array, b2: Array, keys: Array, *, shrink: bool
@@ -108,11 +117,8 @@ def students(
             params, state = carry
             updates, state = optimizer.update(jax.grad(loss)(params), state, params)
             new: Any = optax.apply_updates(params, updates)
-            (az, b), (moved_az, moved_b) = ((z @ p["lora_a"], p["lora_b"]) for p in (params, new))
-            terms = [az @ (moved_b - b), (moved_az - az) @ b, (moved_az - az) @ (moved_b - b)]
-            sizes = [az, b, *(scale * term for term in terms), scale * sum(terms)]
             stable = stability(new, state)["lora"].stable if shrink else jnp.zeros((), bool)
-            return (new, state), (jnp.stack([jnp.sqrt(jnp.mean(x**2)) for x in sizes]), stable)
+            return (new, state), (sizes_of_step(z, params, new, scale), stable)
 
         return jax.lax.scan(step, (params, optimizer.init(params)), None, length=steps)[1]
 
@@ -126,13 +132,19 @@ def measure(config: WidthConfig, c: float, method: str, width: int) -> list[dict
     numbers = map(jnp.float32, (eta * ratio**-c, scale * ratio ** (2 * c - 1), config.lam, METHODS[method]))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), width), config.seeds)
     sizes, stable = jax.device_get(students(width, config.steps, *numbers, keys, shrink=method != "adamw"))
-    kept = sorted({0, 1, 3, *(step for step in (10, 30, 100, 200, 300, 450) if step < config.steps), config.steps - 1})
     lines = []
     for seed in range(config.seeds):
-        by_step = {str(step + 1): [float(f"{x:.5g}") for x in sizes[seed, step]] for step in kept}
         when = int(stable[seed].argmax()) + 1 if stable[seed].any() else 0
-        lines.append({"c": c, "method": method, "width": width, "seed": seed, "stable_at": when, "sizes": by_step})
+        lines.append({"c": c, "method": method, "width": width, "seed": seed, "stable_at": when})
+        lines[-1]["sizes"] = by_step(sizes[seed])
     return lines
+
+
+def by_step(sizes: np.ndarray) -> dict[str, list[float]]:
+    """Returns some steps, the last among them, and their sizes to five digits."""
+    last = len(sizes) - 1
+    kept = sorted({0, 1, 3, *(step for step in (10, 30, 100, 200, 300, 450) if step < last), last})
+    return {str(step + 1): [float(f"{x:.5g}") for x in sizes[step]] for step in kept}
 
 
 def exponents(lines: list[dict[str, Any]], step: str) -> dict[str, Any]:
@@ -149,9 +161,12 @@ def exponents(lines: list[dict[str, Any]], step: str) -> dict[str, Any]:
 def report(results: Path) -> str:
     """Returns the table of exponents at the last step, and draws the figure beside the lines."""
     lines = read_metrics(results / "width_scaling.jsonl")
+    return section(lines, results / "width_scaling.png") if lines else ""
+
+
+def section(lines: list[dict[str, Any]], figure: Path) -> str:
+    """Returns the table of exponents at the last step, measured and predicted, and draws the figure."""
     groups = tables.grouped(lines, lambda line: (line["c"], line["method"]))
-    if not groups:
-        return ""
     rows, last = [], list(lines[0]["sizes"])[-1]
     for (c, method), each in groups.items():
         found, expected = exponents(each, last), predicted(c, method)
@@ -163,10 +178,10 @@ def report(results: Path) -> str:
         cells.append(f"{len(stops)} of {len(each)}, step {min(stops)} to {max(stops)}" if stops else "-")
         rows.append([f"{c:g}", method, *cells])
     widths = sorted({line["width"] for line in lines})
-    draw(groups, results / "width_scaling.png")
+    draw(groups, figure)
     text = f"Exponents γ in the width at step {last}, widths {widths[0]} to {widths[-1]}: measured ± 95 % over "
     text += f"{len({line['seed'] for line in lines})} seeds (theorem 3.1).\n\n"
-    return text + tables.markdown(("c", "method", *NAMES, "stable"), rows) + "\n\n![exponents](width_scaling.png)\n\n"
+    return text + tables.markdown(("c", "method", *NAMES, "stable"), rows) + f"\n\n![exponents]({figure.name})\n\n"
 
 
 def draw(groups: dict[Any, list[dict[str, Any]]], path: Path) -> None:
@@ -200,13 +215,12 @@ def main(config: WidthConfig) -> None:
         return
     file = config.results / "width_scaling.jsonl"
     made_by = provenance()
-    done = {(line["c"], line["method"], line["width"]) for line in read_metrics(file)}
-    for c in config.exponents:
-        for method in METHODS:
-            for width in config.widths:
-                if (c, method, width) not in done:
-                    for line in measure(config, c, method, width):
-                        append(file, line | {"lam": config.lam, "steps": config.steps} | made_by)
+    done = {(line["c"], line["method"], line["width"], line["seed"]) for line in read_metrics(file)}
+    for c, method, width in itertools.product(config.exponents, METHODS, config.widths):
+        if not {(c, method, width, seed) for seed in range(config.seeds)} <= done:
+            for line in measure(config, c, method, width):
+                if (c, method, width, line["seed"]) not in done:
+                    append(file, line | {"lam": config.lam, "steps": config.steps} | made_by)
     print(report(config.results))
 
 

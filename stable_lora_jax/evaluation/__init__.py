@@ -6,7 +6,7 @@ from stable_lora_jax.evaluation.likelihood import (
     evaluate,
     target_log_likelihoods,
 )
-from stable_lora_jax.evaluation.numeric import final_number
+from stable_lora_jax.evaluation.numeric import exact_match, final_number
 from stable_lora_jax.evaluation.statistics import (
     Estimate,
     SignTest,
@@ -22,6 +22,7 @@ __all__ = [
     "SignTest",
     "branch_log_likelihoods",
     "evaluate",
+    "exact_match",
     "expected_best",
     "final_number",
     "mean_interval",

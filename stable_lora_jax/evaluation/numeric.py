@@ -30,6 +30,16 @@ def final_number(text: str) -> Fraction | None:
     return everywhere[-1] if everywhere else None
 
 
+def exact_match(text: str, solution: str) -> bool:
+    r"""Returns whether a text states the number that a worked solution states, however the two write it.
+
+    >>> exact_match("So she makes $1,018.00.", "509 * 2 = 1018\n#### 1018")
+    True
+    """
+    wanted = final_number(solution)
+    return wanted is not None and final_number(text) == wanted
+
+
 def _numbers(text: str) -> list[Fraction]:
     found = [match for match in _NUMBER.finditer(text) if match["whole"] or match["rest"]]
     return [_value(match) for match in found]

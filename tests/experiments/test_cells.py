@@ -1,6 +1,7 @@
 """Cells: what names them, what skips them, and the same trained alone and together."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,38 @@ def test_together_is_as_alone_and_a_failure_is_a_line_too(base, tmp_path):
     before = (options.results / "x.jsonl").read_bytes()
     assert run_cells("x", cells, options) == together == read_lines("x", options.results)
     assert (options.results / "x.jsonl").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, as Ray starts its processes
+def test_ray_runs_what_is_missing(base, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else it leaves a token in the home directory
+    cells = [Cell(train=replace(base, seed=seed), score_on="holdout") for seed in range(3)]
+    alone = run_cells("x", cells, options_in(tmp_path / "alone"))
+    options = options_in(tmp_path / "ray", ray=1)
+    (first,) = run_cells("x", cells[:1], replace(options, ray=0))
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        lines = run_cells("x", cells, options)
+    finally:
+        ray.shutdown()
+    assert lines[0] == first
+    for field in ("key", "train", "stable_at", "correct_token", "accuracy_token", "commit", "versions"):
+        assert [line[field] for line in lines] == [line[field] for line in alone]
+    for cell in cells:
+        files = [tmp_path / kind / "runs" / cell.key / "adapter.safetensors" for kind in ("alone", "ray")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    written = read_lines("x", options.results)
+    assert sorted(line["key"] for line in written) == sorted(cell.key for cell in cells)
+    # All are there, so no cluster is asked for.
+    assert run_cells("x", cells, options) == lines
+    assert not ray.is_initialized()
+
+
+def test_without_ray_the_error_names_the_extra(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"--ray needs Ray. Install stable-lora-jax\[ray\]"):
+        run_cells("x", [Cell(train=base)], options_in(tmp_path, ray=1))
 
 
 def test_parts_are_all_cells_once(base, tmp_path):

@@ -95,13 +95,13 @@ def save(directory: Path, config: DecoderConfig, tensors: dict[str, np.ndarray],
     return directory
 
 
-def save_with_tokenizer(directory: Path) -> Path:
+def save_with_tokenizer(directory: Path, max_positions: int = 256) -> Path:
     """A Hugging Face directory with a tokenizer of single bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     directory.mkdir(exist_ok=True)
-    changes = {"vocab_size": 260, "max_positions": 256}
+    changes = {"vocab_size": 260, "max_positions": max_positions}
     save(directory, config(**changes), hf_tensors(decoder(**changes)), model_type="llama")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
