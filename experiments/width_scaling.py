@@ -2,7 +2,7 @@
 
 Question:  v = Θ(n^γ): with which γ do A_t Z, B_t, δ₁, δ₂, δ₃ and ΔY grow with the width n, for AdamW and Stable-LoRA?
 Command:   python -m experiments.width_scaling       (--help)
-Hardware:  2 CPU cores, 2 GB. Minutes: about 4.
+Hardware:  2 CPU cores, 2 GB. Minutes: 1.
 Expected:  the table's predictions, +- 0.15. With η ∝ n^(-c) and s ∝ n^(2c-1), so that γ[s] + 2γ[η] + 1 = 0, theorem 3.1
            holds for c <= 1. For c = 3/2, small learning rates, A₀'s outputs (γ = 0) drown what is learned (γ = -1/2):
            δ₁ and ΔY then explode with γ = 1/2 under AdamW, and not once Stable-LoRA has erased A₀. One disagreement:
