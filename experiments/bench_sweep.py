@@ -3,7 +3,7 @@
 Question:  SmolLM2-135M, LoRA r = 8 on q and v, Stable-LoRA, batch 8 an adapter, rows of 64 tokens of which the last 8
            are answers: how many adapter steps a second, for K = 1 to 16 adapters at once, and with what memory?
 Command:   make bench-sweep        (or python -m experiments.bench_sweep; --help)
-Hardware:  2 CPU cores with nothing else running, or one GPU. Minutes: about 8.
+Hardware:  2 CPU cores with nothing else running, or one GPU. Minutes: 9.
 Expected:  on 2 cores about as many as single steps, because a single batch fills them already; what is saved is loading
            and compiling K times. On an accelerator several times as many, until K batches fill it.
 
