@@ -374,7 +374,7 @@ def commit() -> str | None:
         # Installed into somebody else's repository, this file is not one of its own.
         subprocess.run([*where, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         head = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*where, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
+        changed = subprocess.run([*where, "diff", "--quiet", "HEAD", "--", ".."], capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.returncode else "")
