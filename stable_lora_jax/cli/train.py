@@ -129,7 +129,8 @@ class TrainConfig:
     keep: int = 2
     """Newest checkpoints kept."""
     keep_best: bool = False
-    """Keep the checkpoint of lowest training loss too (the mean since the one before), to go back to."""
+    """Keep the checkpoint of lowest training loss too (the mean since the one before); --resume goes on from it once
+    the newer ones are moved away."""
     run_dir: Path | None = None
     """Where the run goes; runs/DATA-METHOD-SEED if not given."""
     resume: bool = False
