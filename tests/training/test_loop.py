@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stable_lora_jax.data import TrainBatches, right_branch_only
+from stable_lora_jax.data import Batch, TrainBatches, right_branch_only
 from stable_lora_jax.evaluation import evaluate
 from stable_lora_jax.training import (
     METHODS,
@@ -130,6 +130,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_p
     broken: Any = adapted()
     broken.norm.scale[...] = jnp.full_like(broken.norm.scale[...], jnp.nan)
     before = split_model(broken)[1]
+    assert f"stable pairs={stable}/6" in capsys.readouterr().err
+
+
+def test_a_batch_goes_to_the_devices_in_one_call(monkeypatch, tmp_path):
+    put, batches_put = jax.device_put, []
+
+    def counted(x, *args, **kwargs):
+        batches_put.extend([x] if isinstance(x, Batch) else [])
+        return put(x, *args, **kwargs)
+
+    monkeypatch.setattr(jax, "device_put", counted)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", None)
+    run(tmp_path, steps=3, mesh=make_mesh(2, 2, 2))
+    assert len(batches_put) == 3
     with pytest.raises(NonFiniteLossError, match=r"Step 4 has loss nan .*The checkpoint of step 3 is kept"):
         run(tmp_path, model=broken, resume=True)
     assert trees_equal(saved_state(tmp_path), kept)
