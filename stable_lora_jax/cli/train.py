@@ -15,6 +15,7 @@ from flax import nnx
 
 from stable_lora_jax.data import (
     TASKS,
+    Completion,
     Encoded,
     TrainBatches,
     check_fits,
@@ -299,6 +300,10 @@ def load_training_examples(config: TrainConfig) -> list[Encoded]:
         items = load_task(config.data, "train", source=config.source, drop_overlap=config.drop_overlap)
     else:
         items = load_jsonl(config.data)
+    if config.loss == "choices" and isinstance(items[0], Completion):
+        raise ValueError(
+            f"loss='choices' compares answers; {config.data} holds completions. Leave --loss out for them."
+        )
     items = hold_out(items, config.holdout)[0] if config.holdout else items
     examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
     return [right_branch_only(example) for example in examples] if config.loss == "answer" else examples

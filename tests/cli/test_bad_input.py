@@ -109,6 +109,16 @@ def test_arguments(flags, tmp_path, capsys, changes, told):
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
+def test_completions_have_no_choices(flags, tmp_path, capsys):
+    file = tmp_path / "data.jsonl"
+    file.write_text(4 * (json.dumps(COMPLETION) + "\n"))
+    before = snapshot(tmp_path)
+    told = refuse(capsys, [*flags, "--data", file, "--loss", "choices"])
+    assert "loss='choices' compares answers; " in told
+    assert "data.jsonl holds completions" in told
+    assert snapshot(tmp_path) == before
+
+
         ([], "holds no line; at least one is needed"),
         ([QUESTION, "{'question': 1}"], "line 2: invalid JSON"),
         ([QUESTION, b"\xff\xfe"], "line 2: invalid JSON"),
