@@ -76,8 +76,10 @@ def flags(model_dir, data_file, tmp_path):
         ("--learning-rate nan", "learning_rate=nan is not in [0, inf)"),
         ("--weight-decay -1", "weight_decay=-1.0 is not in [0, inf)"),
         ("--clip-norm 0", "clip_norm=0.0 is not above 0"),
-        ("--warmup 1.0", "warmup_steps=6 is not in [0, total_steps=6)"),
-        ("--warmup -1", "warmup_steps=-6 is not in [0, total_steps=6)"),
+        ("--warmup 1.0", "warmup=1.0 is not in [0, 1)"),
+        ("--warmup -1", "warmup=-1.0 is not in [0, 1)"),
+        ("--warmup inf", "warmup=inf is not in [0, 1)"),
+        ("--warmup nan", "warmup=nan is not in [0, 1)"),
         ("--rank 0", "rank=0 is not a positive integer"),
         ("--alpha 0", "alpha=0.0 is not a positive number"),
         ("--alpha inf", "alpha=inf is not a positive number"),
@@ -97,6 +99,7 @@ def flags(model_dir, data_file, tmp_path):
         ("--mesh data=2,data=4", "mesh='data=2,data=4' is not understood at 'data=4'"),
         ("--mesh data=0", "data=0, fsdp=1, tensor=1 needs 0 devices"),
         ("--mesh data=9", "needs 9 devices; there are 8"),
+        ("--processes 0", "coordinator=None, processes=0, process_id=None: only some are given"),
         ("--mesh data=8", "A batch of 4 rows does not split evenly over data=8"),
     ],
 )
@@ -146,6 +149,10 @@ def test_data_files(flags, tmp_path, capsys, lines, told):
 
 def without_configuration(model: Path) -> None:
     (model / "config.json").unlink()
+
+
+def with_a_damaged_configuration(model: Path) -> None:
+    (model / "config.json").write_text("{")
 
 
 def without_weights(model: Path) -> None:
@@ -198,7 +205,8 @@ def change_configuration(model: Path, **changes: Any) -> None:
     ("damage", "told"),
     [
         (without_configuration, "config.json does not exist"),
-        (without_weights, "model.safetensors"),
+        (with_a_damaged_configuration, "config.json' is not a valid JSON file"),
+        (without_weights, "lacks model.safetensors; weights are"),
         (of_another_architecture, "GPT2LMHeadModel"),
         (with_another_width, "the configuration asks for"),
         (with_a_small_vocabulary, "the model knows 0 to 39. The tokenizer belongs to another model"),
@@ -232,6 +240,15 @@ def test_places(flags, tmp_path, model_dir, data_file, capsys):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("record", ["{", "{}", '{"config": 1}'])
+def test_records_that_are_none(flags, tmp_path, capsys, record):
+    (tmp_path / "run" / "config.json").write_text(record)
+    before = snapshot(tmp_path)
+    start = [flag for flag in flags if flag != "--overwrite"]
+    assert "config.json does not hold a run's configuration" in refuse(capsys, [*start, "--resume"])
+    assert snapshot(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -243,7 +260,10 @@ def test_places(flags, tmp_path, model_dir, data_file, capsys):
         ("generate --prompt a --model x", "no tokenizer 'x'"),
         ("generate --prompt a --model MODEL --max-new-tokens 0", "max_new_tokens=0 after a prompt of 1"),
         ("generate --prompt a --model MODEL --max-new-tokens 256", "positions allow 1 to 255"),
-        ("generate --prompt a --model MODEL --temperature -1", "temperature=-1.0"),
+        ("generate --prompt a --model MODEL --temperature -1", "temperature=-1.0 with key=None"),
+        ("generate --prompt a --model MODEL --temperature nan", "temperature=nan with key=None"),
+        ("generate --prompt a --model MODEL --temperature inf", "temperature=inf with key="),
+        ("plan --estimate --model smollm2-135m --targets-per-row 0", "num_targets=0 is below 1"),
         ("export x y", "no adapter file"),
         ("export x y --format gguf", "format='gguf' is unknown. Known: peft, merged"),
         ("export-plots", "no run directory"),
