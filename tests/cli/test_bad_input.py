@@ -59,11 +59,11 @@ def flags(model_dir, data_file, tmp_path):
         ("--lam-schedule x", "lam_schedule='x' is unknown. Known: cosine, linear, constant"),
         ("--schedule x", "schedule='x' is unknown. Known schedules: cosine, linear, constant"),
         ("--dtype x", "dtype='x' is unknown. Known: float32, bfloat16"),
-        ("--source x", "wheel"),
+        ("--source x", "invalid choice 'x' for argument '--source'. Expected one of ('wheel', 'hub')"),
         ("--targets x", "LoRA targets ['x'] match no Linear layer"),
         ("--targets (", "LoRA targets '(' are no regular expression"),
-        ("--nonsense 1", "--nonsense"),
-        ("--steps many", "many"),
+        ("--nonsense 1", "Unrecognized options: --nonsense"),
+        ("--steps many", "Error parsing --steps: no type matching"),
         # numbers
         ("--lam 1.0", "lam=1.0 is not in [0, 1)"),
         ("--lam -0.1", "lam=-0.1 is not in [0, 1)"),
@@ -109,9 +109,6 @@ def test_arguments(flags, tmp_path, capsys, changes, told):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("lines", "told"),
-    [
 def test_completions_have_no_choices(flags, tmp_path, capsys):
     file = tmp_path / "data.jsonl"
     file.write_text(4 * (json.dumps(COMPLETION) + "\n"))
@@ -122,6 +119,9 @@ def test_completions_have_no_choices(flags, tmp_path, capsys):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
         ([], "holds no line; at least one is needed"),
         ([QUESTION, "{'question': 1}"], "line 2: invalid JSON"),
         ([QUESTION, b"\xff\xfe"], "line 2: invalid JSON"),
@@ -210,10 +210,10 @@ def change_configuration(model: Path, **changes: Any) -> None:
         (of_another_architecture, "GPT2LMHeadModel"),
         (with_another_width, "the configuration asks for"),
         (with_a_small_vocabulary, "the model knows 0 to 39. The tokenizer belongs to another model"),
-        (cut_short, "model.safetensors"),
+        (cut_short, "model.safetensors is not a whole safetensors file: it has"),
         (with_nan, "The model's norm.scale holds NaN or infinity"),
         (without_a_tensor, "lacks 1 tensors: model.norm.weight"),
-        (without_tokenizer, "tokenizer"),
+        (without_tokenizer, "Allowed are a folder with tokenizer files"),
     ],
 )
 def test_models(flags, model_dir, tmp_path, capsys, damage: Callable[[Path], None], told):
@@ -232,9 +232,9 @@ def test_places(flags, tmp_path, model_dir, data_file, capsys):
     assert "is not empty. Go on with --resume" in refuse(capsys, start)
     assert "no run to resume in" in refuse(capsys, [*start, "--resume", "--run-dir", tmp_path / "none"])
     assert "is a file" in refuse(capsys, [*start, "--run-dir", tmp_path / "file"])
-    assert "file" in refuse(capsys, [*start, "--run-dir", tmp_path / "file" / "run"])
+    assert "Not a directory" in refuse(capsys, [*start, "--run-dir", tmp_path / "file" / "run"])
     score = ["eval", "--model", model_dir, "--data", data_file]
-    assert "none/scores.json" in refuse(capsys, [*score, "--output", tmp_path / "none" / "scores.json"])
+    assert "No such file or directory" in refuse(capsys, [*score, "--output", tmp_path / "none" / "scores.json"])
     assert "no adapter file" in refuse(capsys, [*score, "--adapter", tmp_path / "none"])
     assert "not a readable safetensors file" in refuse(capsys, [*score, "--adapter", tmp_path / "file"])
     assert snapshot(tmp_path) == before
