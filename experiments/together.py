@@ -6,10 +6,10 @@ from typing import Any
 
 from flax import nnx
 
-from stable_lora_jax.cli.train import DTYPES, TrainConfig, load_training_examples, total_steps, update_rule
+from stable_lora_jax.cli.train import TrainConfig, load_base, load_training_examples, total_steps, update_rule
 from stable_lora_jax.data import TrainBatches
 from stable_lora_jax.lora import inject_lora, lora_modules, save_adapter
-from stable_lora_jax.models import Decoder, load_model
+from stable_lora_jax.models import Decoder
 from stable_lora_jax.training import SweepPoint, make_loss, split_model, train_sweep
 
 # What may differ within a group; the run directory says nothing about what is computed.
@@ -25,7 +25,7 @@ def train_together(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
         for config in configs
     ]
     total = total_steps(first, batches[0].steps_per_epoch)
-    graph, base = nnx.split(load_model(first.model, dtype=DTYPES[first.dtype], param_dtype=DTYPES[first.dtype]))
+    graph, base = nnx.split(load_base(first.model, first.dtype, first.quantize))
     models = [_adapted(config, nnx.merge(graph, base)) for config in configs]
     parts = [split_model(model) for model in models]
     result = train_sweep(

@@ -9,10 +9,12 @@ import tyro
 from stable_lora_jax.cli.evaluate import HUB_NAMES, load_with_adapter
 from stable_lora_jax.cli.train import known
 from stable_lora_jax.data import load_tokenizer
-from stable_lora_jax.lora import merge_lora, read_adapter_spec, save_peft
+from stable_lora_jax.lora import TARGETS, AdapterSpec, merge_lora, read_adapter_spec, save_peft
 from stable_lora_jax.models import huggingface_module, save_huggingface
 
-LARGEST_VLLM_RANK = 512
+# vLLM 0.14: what its --max-lora-rank may be; it loads adapters of any rank up to that, by default up to 16.
+VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_MAX_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,5 +50,18 @@ def export_command(config: ExportConfig) -> None:
     base = config.base or HUB_NAMES.get(spec.base, spec.base)
     count = save_peft(config.out, model, base, huggingface_module)
     print(f"{config.out}: {count} modules, rank {spec.rank}, alpha {spec.alpha:g}, base {base}")
-    if spec.rank > LARGEST_VLLM_RANK:
-        print(f"Note: vLLM loads ranks up to {LARGEST_VLLM_RANK}; this adapter has {spec.rank}.")
+    for note in vllm_notes(spec):
+        print(f"Note: {note}")
+
+
+def vllm_notes(spec: AdapterSpec) -> list[str]:
+    """Returns what vLLM needs to be told to load an adapter, or why it will not; nothing if it just loads."""
+    notes = []
+    if spec.rank > VLLM_MAX_RANKS[-1]:
+        notes.append(f"vLLM loads ranks up to {VLLM_MAX_RANKS[-1]}; this adapter has {spec.rank}.")
+    elif spec.rank > VLLM_DEFAULT_MAX_RANK:
+        needed = next(rank for rank in VLLM_MAX_RANKS if rank >= spec.rank)
+        notes.append(f"vLLM loads this adapter of rank {spec.rank} with --max-lora-rank {needed}.")
+    if others := {path.rpartition(".")[2] for path in spec.targets} - set(TARGETS["qkvogud"]):
+        notes.append(f"vLLM may not load adapters on {', '.join(sorted(others))}; it does on the layers' projections.")
+    return notes

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stable_lora_jax.cli.train import DTYPES, known, parse_mesh
 from stable_lora_jax.models import DecoderConfig, config_from_hf
+from stable_lora_jax.models.huggingface import read_json
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
 from stable_lora_jax.planning import Plan, Workload, has_tpu_compiler, parse_topology, plan_step
 from stable_lora_jax.training import METHODS
@@ -74,7 +75,7 @@ def plan_command(config: PlanConfig) -> Plan:
         config=_model_config(config.model),
         rows=config.batch,
         length=config.length,
-        num_targets=config.targets_per_row or config.length,
+        num_targets=config.length if config.targets_per_row is None else config.targets_per_row,
         method=config.method,
         rank=config.rank,
         targets=config.targets,
@@ -108,7 +109,7 @@ def _model_config(name: str) -> DecoderConfig:
         raise ValueError(
             f"model={name!r} is unknown. Known: {', '.join(KNOWN_CONFIGS)}, or a directory with a config.json."
         )
-    return config_from_hf(json.loads(file.read_text()))
+    return config_from_hf(read_json(file))
 
 
 def _table(record: dict) -> str:

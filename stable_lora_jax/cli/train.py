@@ -15,6 +15,7 @@ from flax import nnx
 
 from stable_lora_jax.data import (
     TASKS,
+    Completion,
     Encoded,
     TrainBatches,
     check_fits,
@@ -129,7 +130,8 @@ class TrainConfig:
     keep: int = 2
     """Newest checkpoints kept."""
     keep_best: bool = False
-    """Keep the checkpoint of lowest training loss too (the mean since the one before), to go back to."""
+    """Keep the checkpoint of lowest training loss too (the mean since the one before); --resume goes on from it once
+    the newer ones are moved away."""
     run_dir: Path | None = None
     """Where the run goes; runs/DATA-METHOD-SEED if not given."""
     resume: bool = False
@@ -162,6 +164,7 @@ class TrainConfig:
             raise ValueError(f"steps={self.steps} is below 1. Leave it out to train for whole epochs.")
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs={self.epochs} is not a positive number. 1 passes over the data once.")
+        check_range("warmup", self.warmup, 0, 1, "It is the share of the steps that the learning rate rises for.")
         if self.keep < 1:
             raise ValueError(f"keep={self.keep} is below 1. Keep at least the newest checkpoint.")
         if self.accumulate < 1 or self.batch_size % self.accumulate:
@@ -203,10 +206,9 @@ def train_command(config: TrainConfig) -> TrainResult:
     Raises:
       ValueError: a bad value, bad data, or a run directory that is in use or belongs to another configuration.
     """
-    if config.distributed or config.coordinator is not None or config.processes or config.process_id is not None:
-        join_processes(
-            *(config.coordinator, config.processes, config.process_id), heartbeat_timeout=config.heartbeat_timeout
-        )
+    given = (config.coordinator, config.processes, config.process_id)
+    if config.distributed or given != (None, None, None):
+        join_processes(*given, heartbeat_timeout=config.heartbeat_timeout)
     examples = load_training_examples(config)
     batches = TrainBatches(examples, batch_size=config.batch_size, seed=config.seed, max_length=config.max_length)
     total = total_steps(config, batches.steps_per_epoch)
@@ -298,6 +300,10 @@ def load_training_examples(config: TrainConfig) -> list[Encoded]:
         items = load_task(config.data, "train", source=config.source, drop_overlap=config.drop_overlap)
     else:
         items = load_jsonl(config.data)
+    if config.loss == "choices" and isinstance(items[0], Completion):
+        raise ValueError(
+            f"loss='choices' compares answers; {config.data} holds completions. Leave --loss out for them."
+        )
     items = hold_out(items, config.holdout)[0] if config.holdout else items
     examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
     return [right_branch_only(example) for example in examples] if config.loss == "answer" else examples
@@ -337,7 +343,7 @@ def _check_directory(config: TrainConfig) -> bool:
     if config.resume and not file.exists():
         raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
     if (config.resume or config.auto_resume) and file.exists():
-        before = json.loads(file.read_text())["config"]
+        before = _started_with(file)
         if differing := [name for name in wanted if before.get(name) != wanted[name]]:
             what = "; ".join(f"{name}: run {before.get(name)!r}, now {wanted[name]!r}" for name in differing)
             raise ValueError(f"The run in {directory} was started with other values ({what}). Resume with its own.")
@@ -352,6 +358,17 @@ def _check_directory(config: TrainConfig) -> bool:
             "choose another --run-dir."
         )
     return False
+
+
+def _started_with(file: Path) -> dict[str, object]:
+    """Returns the configuration in a run's config.json."""
+    try:
+        return dict(json.loads(file.read_text())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} does not hold a run's configuration ({type(error).__name__}: {error}). Put back a copy, or start "
+            "the run again with --overwrite."
+        ) from error
 
 
 def _prepare_directory(config: TrainConfig, total_steps: int) -> None:
@@ -374,7 +391,7 @@ def commit() -> str | None:
         # Installed into somebody else's repository, this file is not one of its own.
         subprocess.run([*where, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         head = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*where, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
+        changed = subprocess.run([*where, "diff", "--quiet", "HEAD", "--", ".."], capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.returncode else "")

@@ -18,8 +18,6 @@ from stable_lora_jax.data.prompts import (
     Encoded,
     check_fits,
     encode_all,
-    encode_completion,
-    encode_question,
     format_question,
     right_branch_only,
 )
@@ -41,8 +39,6 @@ __all__ = [
     "cache_dir",
     "check_fits",
     "encode_all",
-    "encode_completion",
-    "encode_question",
     "eval_batches",
     "format_question",
     "hold_out",

@@ -222,7 +222,7 @@ class BatchRows:
 
 
 def eval_batches(
-    examples: Sequence[Encoded], *, max_tokens: int = 2048, max_length: int = 8192, rows_multiple_of: int = 1
+    examples: Sequence[Encoded], *, max_tokens: int = 2048, max_length: int = 8192
 ) -> list[tuple[list[int], Batch]]:
     """Batches that hold every example once, longest first, so that too little memory shows at once.
 
@@ -232,28 +232,23 @@ def eval_batches(
         examples: usually with all branches.
         max_tokens: most tokens of a batch, B * T. A longer row stands alone.
         max_length: longest row allowed, in tokens.
-        rows_multiple_of: B is a multiple of this (at least once this), e.g. the number of devices that share a batch.
 
     Returns:
         (indices of the examples, batch) pairs; row i of the batch is the example `indices[i]`, further rows are
         padding.
 
     Raises:
-        ValueError: an example that is too long, or max_tokens or rows_multiple_of below 1.
+        ValueError: an example that is too long, or max_tokens below 1.
     """
-    if min(max_tokens, rows_multiple_of) < 1:
-        raise ValueError(
-            f"max_tokens is {max_tokens} and rows_multiple_of is {rows_multiple_of}; both must be at least 1. "
-            "Leave them out for 2048 and 1."
-        )
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1. Leave it out for 2048.")
     _check_lengths(examples, max_length)
     batches = []
     for group in _groups_by_width(examples, max_tokens // 2):
         width = _eval_width(examples[group[0]].length)
         num_targets = _targets_bucket(max(examples[index].num_targets for index in group))
-        units_allowed = max(1, max_tokens // (width * rows_multiple_of))
-        units = _ceil_div(len(group), rows_multiple_of)
-        rows = rows_multiple_of * _ceil_div(units, _ceil_div(units, units_allowed))
+        rows_allowed = max(1, max_tokens // width)
+        rows = _ceil_div(len(group), _ceil_div(len(group), rows_allowed))
         for start in range(0, len(group), rows):
             chosen = group[start : start + rows]
             batch = make_batch(

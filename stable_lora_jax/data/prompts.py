@@ -110,23 +110,14 @@ def check_fits(examples: Sequence[Encoded], *, vocab_size: int, max_positions: i
             )
 
 
-def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question, prompt_format: str) -> Encoded:
-    """One question in a format of `PROMPT_FORMATS` (see `format_question`)."""
-    return encode_all(tokenizer, [question], prompt_format)[0]
-
-
-def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> Encoded:
-    """One completion: a single branch, closed by the end-of-sequence token."""
-    return encode_all(tokenizer, [completion])[0]
-
-
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Question] | Sequence[Completion], prompt_format: str = "cloze"
 ) -> list[Encoded]:
     """All items as token numbers, tokenized in one batch.
 
     Prefixes begin with the beginning-of-sequence token where the tokenizer itself adds one (Llama does, SmolLM2
-    does not). A question's branches have no end token: they are compared, not generated.
+    does not). A question's branches have no end token: they are compared, not generated. A completion is a single
+    branch, closed by the end-of-sequence token.
 
     Args:
         tokenizer: from `load_tokenizer`.

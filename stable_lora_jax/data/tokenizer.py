@@ -33,9 +33,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             with a Hugging Face tokenizer, or a hub name.
 
     Raises:
-        ValueError: the GGUF's tokenizer is of a kind that is not supported.
+        ValueError: the GGUF's tokenizer is of a kind that is not supported, or the name is neither a folder nor one
+            that a hub could know.
         FileNotFoundError: no such GGUF file.
-        OSError: neither a folder with a tokenizer nor a hub name that can be reached.
+        OSError: a folder without a tokenizer, or a hub name that gave none.
     """
     if name_or_path == SMOLLM2:
         return _from_gguf(smollm2_gguf())

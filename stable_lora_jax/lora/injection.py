@@ -51,7 +51,7 @@ def inject_lora(
 
     Raises:
       ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed); rank, alpha or
-        dropout out of range; the model has adapters already.
+        dropout out of range; the model has adapters already; it is a Linear layer itself, or has one under two names.
 
     Example:
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
@@ -66,6 +66,7 @@ def inject_lora(
             "merge_lora(model) first, or start from the base model."
         )
     chosen = _matching(linear_modules(model), targets)
+    _check_one_name(model, chosen)
     for path, linear in chosen.items():
         adapted = LoRALinear(
             *(linear, rank, alpha),
@@ -140,12 +141,35 @@ def _matching(linears: dict[str, nnx.Linear], targets: str | Sequence[str]) -> d
     return {path: linear for path, linear in linears.items() if path in chosen}
 
 
+def _check_one_name(model: nnx.Module, chosen: dict[str, nnx.Linear]) -> None:
+    """Raises ValueError if one of these layers stands in several places: only one of them would be replaced."""
+    names: dict[int, list[str]] = {}
+    for path, module in nnx.iter_modules(model):
+        for key, child in nnx.iter_children(module):
+            names.setdefault(id(child), []).append(_dotted((*path, key)))
+    for linear in chosen.values():
+        if len(shared := names.get(id(linear), [])) > 1:
+            raise ValueError(
+                f"{' and '.join(sorted(shared))} are one and the same Linear layer. An adapter would change only one "
+                "of them: give each name a layer of its own (nnx.clone), or leave them out of the targets."
+            )
+
+
 def _is_quantized(linear: nnx.Linear) -> bool:
     return not jnp.issubdtype(linear.kernel.dtype, jnp.floating)
 
 
 def replace_module(model: nnx.Module, path: str, module: nnx.Module) -> None:
-    """Puts `module` where `path` leads."""
+    """Puts `module` where `path` leads.
+
+    Raises:
+      ValueError: an empty path, which is the model itself.
+    """
+    if not path:
+        raise ValueError(
+            f"The model is itself the {type(model).__name__} to change, which cannot be replaced in place. Wrap it: "
+            "nnx.Sequential(model)."
+        )
     *parents, last = path.split(".")
     node = model
     for key in parents:

@@ -158,6 +158,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if used := [name for name, unused in _UNUSED.items() if name in config and config[name] not in unused]:
         told = ", ".join(f"{name}={config[name]!r}" for name in used)
         raise ValueError(f"{directory} uses {told}. Only plain LoRA of one rank and alpha can be loaded.")
+    if missing := [name for name in ("r", "lora_alpha") if name not in config]:
+        raise ValueError(f"{directory / CONFIG} lacks {' and '.join(missing)}. Add them as they were in training.")
     return config, tensors
 
 

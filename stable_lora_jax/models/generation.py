@@ -5,6 +5,7 @@ welcome: any model whose layers still answer like a `Decoder` generates. Dropout
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -115,10 +116,10 @@ def _pad(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
 
 
 def _checked_key(temperature: float, key: Key[Array, ""] | None) -> Key[Array, ""]:
-    if temperature < 0 or (temperature > 0) != (key is not None):
+    if not 0 <= temperature < math.inf or (temperature > 0) != (key is not None):
         raise ValueError(
             f"generate: temperature={temperature} with key={key}; allowed are temperature 0 without a key and a "
-            "positive temperature with one; pass key=jax.random.key(seed) to sample, or neither for greedy."
+            "positive, finite temperature with one; pass key=jax.random.key(seed) to sample, or neither for greedy."
         )
     return jax.random.key(0) if key is None else key
 

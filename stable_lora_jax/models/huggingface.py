@@ -43,7 +43,7 @@ def open_huggingface(directory: Path) -> Checkpoint:
         FileNotFoundError: one of these files is missing.
         ValueError: the configuration is not supported, or a file is damaged.
     """
-    config = config_from_hf(_read_json(directory / "config.json"))
+    config = config_from_hf(read_json(directory / "config.json"))
     tensors = {name: tensor for file in _weight_files(directory) for name, tensor in _read_header(file).items()}
 
     def harmless(name: str) -> bool:
@@ -100,15 +100,24 @@ def huggingface_module(path: str, layer: int | None) -> str:
     return path if path == "lm_head" else f"model.{path}"
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model directory.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it holds something else.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; a model directory holds it; complete the directory.")
-    return json.loads(file.read_text())
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} does not hold a JSON object ({error}); download or save it again.") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / _INDEX).is_file():
-        names = sorted(set(_read_json(directory / _INDEX)["weight_map"].values()))
+        names = sorted(set(read_json(directory / _INDEX)["weight_map"].values()))
     else:
         names = ["model.safetensors"]
     for name in names:

@@ -21,7 +21,7 @@ from stable_lora_jax.models.huggingface import open_huggingface
 
 
 def _smollm2_135m() -> Path:
-    # Imported late: the data package may depend on this one, and only this alias needs it.
+    # Imported late: only this alias needs the data package.
     from stable_lora_jax.data.assets import smollm2_gguf
 
     return smollm2_gguf()

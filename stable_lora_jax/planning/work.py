@@ -56,9 +56,8 @@ def compiled_work(workload: Workload, mesh: Mesh) -> Work:
     """
     compiled = lower(workload, mesh).compile()
     memory: Any = compiled.memory_analysis()
-    few = 1 if workload.rank > 2 else 3  # as many layers as ranks would make the adapters' layout ambiguous
-    one, two = (_cost(lower(workload.part().shallow(few + more), mesh, unroll=True)) for more in (0, 1))
-    further = workload.config.num_layers - few
+    one, two = (_cost(lower(workload.part().shallow(layers), mesh, unroll=True)) for layers in (1, 2))
+    further = workload.config.num_layers - 1
     flops, moved = (workload.accumulate * (a + further * (b - a)) for a, b in zip(one, two, strict=True))
     return Work(
         flops=flops,

@@ -94,16 +94,11 @@ class Checkpoints:
         """Returns the step of the newest checkpoint, or None; one that is being saved counts."""
         return self._manager.latest_step()
 
-    def best_step(self) -> int | None:
-        """Returns the step of the checkpoint of lowest loss among those kept, or None."""
-        return self._manager.best_step()
-
-    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """Returns a checkpoint, with the structure, dtypes and shardings of `like`.
+    def restore(self, like: TrainState) -> TrainState:
+        """Returns the newest checkpoint, with the structure, dtypes and shardings of `like`.
 
         Args:
           like: a state of the same model, adapters and optimizer.
-          step: which one; the newest if None.
 
         Raises:
           ValueError: there is none, it belongs to something else than `like` (what differs is named), or it is damaged.
@@ -111,7 +106,7 @@ class Checkpoints:
         """
         with self._explained():
             self._manager.wait_until_finished()
-        step = self.latest_step() if step is None else step
+        step = self.latest_step()
         if step is None:
             raise ValueError(
                 f"There is no checkpoint to resume from in {self._directory}. Start again, replacing the run "

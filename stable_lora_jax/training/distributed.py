@@ -109,6 +109,8 @@ def own_rows(sharding: NamedSharding, rows: int) -> tuple[int, ...]:
 
 def rows_to_mesh(tree: Any, sharding: NamedSharding, rows: int) -> Any:
     """Returns arrays of so many rows in all, each process giving those that `own_rows` names."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)  # all leaves at once
 
     def join(own: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, own, (rows, *own.shape[1:]))

@@ -70,7 +70,7 @@ def make_optimizer(
       lam: λ of stable-lora, in [0, 1), or a schedule; the other methods do not use it.
       ratio: learning rate of B over that of A in lora-plus, >= 1; the other methods do not use it.
       weight_decay: decoupled weight decay, >= 0.
-      clip_norm: largest global norm of the gradients, > 0.
+      clip_norm: largest global norm of the gradients, > 0; infinity clips nothing.
       stop_when_stable: False lets stable-lora shrink A to the end of the run (the paper's ablation).
       decay_only_a: weight decay acts on A alone, B keeps its size; for adamw and stable-lora.
 
@@ -98,7 +98,8 @@ def make_optimizer(
         case "riemannian":
             return optax.chain(clip, riemannian_adamw(learning_rate, weight_decay=weight_decay, stack_axes=STACK_AXES))
         case _:
-            return lora_rite(learning_rate, clip=clip_norm, weight_decay=weight_decay, stack_axes=STACK_AXES)
+            limit = 0.0 if math.isinf(clip_norm) else clip_norm  # its 0 clips nothing
+            return lora_rite(learning_rate, clip=limit, weight_decay=weight_decay, stack_axes=STACK_AXES)
 
 
 def _is_a(params: PyTree) -> PyTree:

@@ -59,11 +59,11 @@ def flags(model_dir, data_file, tmp_path):
         ("--lam-schedule x", "lam_schedule='x' is unknown. Known: cosine, linear, constant"),
         ("--schedule x", "schedule='x' is unknown. Known schedules: cosine, linear, constant"),
         ("--dtype x", "dtype='x' is unknown. Known: float32, bfloat16"),
-        ("--source x", "wheel"),
+        ("--source x", "invalid choice 'x' for argument '--source'. Expected one of ('wheel', 'hub')"),
         ("--targets x", "LoRA targets ['x'] match no Linear layer"),
         ("--targets (", "LoRA targets '(' are no regular expression"),
-        ("--nonsense 1", "--nonsense"),
-        ("--steps many", "many"),
+        ("--nonsense 1", "Unrecognized options: --nonsense"),
+        ("--steps many", "Error parsing --steps: no type matching"),
         # numbers
         ("--lam 1.0", "lam=1.0 is not in [0, 1)"),
         ("--lam -0.1", "lam=-0.1 is not in [0, 1)"),
@@ -76,8 +76,10 @@ def flags(model_dir, data_file, tmp_path):
         ("--learning-rate nan", "learning_rate=nan is not in [0, inf)"),
         ("--weight-decay -1", "weight_decay=-1.0 is not in [0, inf)"),
         ("--clip-norm 0", "clip_norm=0.0 is not above 0"),
-        ("--warmup 1.0", "warmup_steps=6 is not in [0, total_steps=6)"),
-        ("--warmup -1", "warmup_steps=-6 is not in [0, total_steps=6)"),
+        ("--warmup 1.0", "warmup=1.0 is not in [0, 1)"),
+        ("--warmup -1", "warmup=-1.0 is not in [0, 1)"),
+        ("--warmup inf", "warmup=inf is not in [0, 1)"),
+        ("--warmup nan", "warmup=nan is not in [0, 1)"),
         ("--rank 0", "rank=0 is not a positive integer"),
         ("--alpha 0", "alpha=0.0 is not a positive number"),
         ("--alpha inf", "alpha=inf is not a positive number"),
@@ -97,12 +99,23 @@ def flags(model_dir, data_file, tmp_path):
         ("--mesh data=2,data=4", "mesh='data=2,data=4' is not understood at 'data=4'"),
         ("--mesh data=0", "data=0, fsdp=1, tensor=1 needs 0 devices"),
         ("--mesh data=9", "needs 9 devices; there are 8"),
+        ("--processes 0", "coordinator=None, processes=0, process_id=None: only some are given"),
         ("--mesh data=8", "A batch of 4 rows does not split evenly over data=8"),
     ],
 )
 def test_arguments(flags, tmp_path, capsys, changes, told):
     before = snapshot(tmp_path)
     assert told in refuse(capsys, [*flags, *changes.split()])
+    assert snapshot(tmp_path) == before
+
+
+def test_completions_have_no_choices(flags, tmp_path, capsys):
+    file = tmp_path / "data.jsonl"
+    file.write_text(4 * (json.dumps(COMPLETION) + "\n"))
+    before = snapshot(tmp_path)
+    told = refuse(capsys, [*flags, "--data", file, "--loss", "choices"])
+    assert "loss='choices' compares answers; " in told
+    assert "data.jsonl holds completions" in told
     assert snapshot(tmp_path) == before
 
 
@@ -136,6 +149,10 @@ def test_data_files(flags, tmp_path, capsys, lines, told):
 
 def without_configuration(model: Path) -> None:
     (model / "config.json").unlink()
+
+
+def with_a_damaged_configuration(model: Path) -> None:
+    (model / "config.json").write_text("{")
 
 
 def without_weights(model: Path) -> None:
@@ -188,14 +205,15 @@ def change_configuration(model: Path, **changes: Any) -> None:
     ("damage", "told"),
     [
         (without_configuration, "config.json does not exist"),
-        (without_weights, "model.safetensors"),
+        (with_a_damaged_configuration, "config.json' is not a valid JSON file"),
+        (without_weights, "lacks model.safetensors; weights are"),
         (of_another_architecture, "GPT2LMHeadModel"),
         (with_another_width, "the configuration asks for"),
         (with_a_small_vocabulary, "the model knows 0 to 39. The tokenizer belongs to another model"),
-        (cut_short, "model.safetensors"),
+        (cut_short, "model.safetensors is not a whole safetensors file: it has"),
         (with_nan, "The model's norm.scale holds NaN or infinity"),
         (without_a_tensor, "lacks 1 tensors: model.norm.weight"),
-        (without_tokenizer, "tokenizer"),
+        (without_tokenizer, "Allowed are a folder with tokenizer files"),
     ],
 )
 def test_models(flags, model_dir, tmp_path, capsys, damage: Callable[[Path], None], told):
@@ -214,11 +232,20 @@ def test_places(flags, tmp_path, model_dir, data_file, capsys):
     assert "is not empty. Go on with --resume" in refuse(capsys, start)
     assert "no run to resume in" in refuse(capsys, [*start, "--resume", "--run-dir", tmp_path / "none"])
     assert "is a file" in refuse(capsys, [*start, "--run-dir", tmp_path / "file"])
-    assert "file" in refuse(capsys, [*start, "--run-dir", tmp_path / "file" / "run"])
+    assert "Not a directory" in refuse(capsys, [*start, "--run-dir", tmp_path / "file" / "run"])
     score = ["eval", "--model", model_dir, "--data", data_file]
-    assert "none/scores.json" in refuse(capsys, [*score, "--output", tmp_path / "none" / "scores.json"])
+    assert "No such file or directory" in refuse(capsys, [*score, "--output", tmp_path / "none" / "scores.json"])
     assert "no adapter file" in refuse(capsys, [*score, "--adapter", tmp_path / "none"])
     assert "not a readable safetensors file" in refuse(capsys, [*score, "--adapter", tmp_path / "file"])
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("record", ["{", "{}", '{"config": 1}'])
+def test_records_that_are_none(flags, tmp_path, capsys, record):
+    (tmp_path / "run" / "config.json").write_text(record)
+    before = snapshot(tmp_path)
+    start = [flag for flag in flags if flag != "--overwrite"]
+    assert "config.json does not hold a run's configuration" in refuse(capsys, [*start, "--resume"])
     assert snapshot(tmp_path) == before
 
 
@@ -233,7 +260,10 @@ def test_places(flags, tmp_path, model_dir, data_file, capsys):
         ("generate --prompt a --model x", "no tokenizer 'x'"),
         ("generate --prompt a --model MODEL --max-new-tokens 0", "max_new_tokens=0 after a prompt of 1"),
         ("generate --prompt a --model MODEL --max-new-tokens 256", "positions allow 1 to 255"),
-        ("generate --prompt a --model MODEL --temperature -1", "temperature=-1.0"),
+        ("generate --prompt a --model MODEL --temperature -1", "temperature=-1.0 with key=None"),
+        ("generate --prompt a --model MODEL --temperature nan", "temperature=nan with key=None"),
+        ("generate --prompt a --model MODEL --temperature inf", "temperature=inf with key="),
+        ("plan --estimate --model smollm2-135m --targets-per-row 0", "num_targets=0 is below 1"),
         ("export x y", "no adapter file"),
         ("export x y --format gguf", "format='gguf' is unknown. Known: peft, merged"),
         ("export-plots", "no run directory"),

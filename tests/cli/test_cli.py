@@ -1,15 +1,17 @@
 """The commands on a tiny model, in process and, for signals, as a process of their own."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from stable_lora_jax.cli import main
+from stable_lora_jax.cli import main, train
 from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.data import encode_all, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
@@ -48,11 +50,27 @@ def test_train_leaves_a_whole_run(finished, capsys):
     assert config["config"]["method"] == "stable-lora"
     assert config["config"]["steps"] == 6
     assert set(config["versions"]) >= {"stable-lora-jax", "jax", "flax", "optax"}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert (config["commit"] or "").removesuffix("+") == head.stdout.strip()
     lines = read_metrics(finished / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "norms" in line] == [0, 2, 4, 6]
     assert (finished / "adapter.safetensors").is_file()
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["6"]
+
+
+def test_a_commit_says_whether_any_file_of_the_package_differs(tmp_path, monkeypatch):
+    for name in ("cli/train.py", "optim/method.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    git = ["git", "-C", tmp_path, "-c", "user.name=me", "-c", "user.email=me@example.com"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "cli" / "train.py"))
+    head = train.commit()
+    assert re.fullmatch("[0-9a-f]{40}", head or "")
+    (tmp_path / "optim" / "method.py").write_text("changed")
+    assert train.commit() == f"{head}+"
 
 
 def test_eval_with_and_without_adapter(finished, model_dir, data_file, tmp_path, capsys):

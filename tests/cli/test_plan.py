@@ -35,6 +35,12 @@ def test_a_directory(model_dir, capsys):
     assert "all-reduce of 2 chips" in capsys.readouterr().out
 
 
+def test_a_directory_with_a_damaged_configuration(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert plan("--model", tmp_path) == 2
+    assert "config.json does not hold a JSON object" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_does_not_fit_ends_with_an_error(tmp_path, capsys):
     file = tmp_path / "plan.json"
     assert plan("--model", "llama-3.1-70b", "--json", file) == 2

@@ -11,8 +11,6 @@ from stable_lora_jax.data import (
     Encoded,
     Question,
     encode_all,
-    encode_completion,
-    encode_question,
     format_question,
     load_task,
     right_branch_only,
@@ -53,12 +51,12 @@ def test_fast_enough(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_one_equals_many(tokenizer: PreTrainedTokenizerBase) -> None:
     questions = load_task("arc_easy", "validation")[:5]
-    assert [encode_question(tokenizer, q, "cloze") for q in questions] == encode_all(tokenizer, questions, "cloze")
+    assert [encode_all(tokenizer, [q], "cloze")[0] for q in questions] == encode_all(tokenizer, questions, "cloze")
     assert encode_all(tokenizer, []) == []
 
 
 def test_completion(tokenizer: PreTrainedTokenizerBase) -> None:
-    example = encode_completion(tokenizer, Completion("2 + 2 =", " 4"))
+    (example,) = encode_all(tokenizer, [Completion("2 + 2 =", " 4")])
     assert tokenizer.decode(example.prefix) == "2 + 2 ="
     assert tokenizer.decode(example.branches[0]) == " 4<|im_end|>"
     assert (len(example.branches), example.answer) == (1, 0)
@@ -71,10 +69,10 @@ def test_begin_token_where_the_tokenizer_adds_one(tokenizer: PreTrainedTokenizer
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     with_begin = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>")
-    plain = encode_question(tokenizer, ICE, "cloze")
-    assert encode_question(with_begin, ICE, "cloze") == Encoded((1, *plain.prefix), plain.branches, 1)
+    (plain,) = encode_all(tokenizer, [ICE])
+    assert encode_all(with_begin, [ICE]) == [Encoded((1, *plain.prefix), plain.branches, 1)]
     with pytest.raises(ValueError, match=r"no end-of-sequence token; completions need one .* Set tokenizer.eos_token"):
-        encode_completion(with_begin, Completion("p", "c"))
+        encode_all(with_begin, [Completion("p", "c")])
 
 
 def test_right_branch_and_sizes() -> None:

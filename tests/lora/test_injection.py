@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stable_lora_jax.lora import inject_lora, lora_modules, merge_lora
+from stable_lora_jax.lora import inject_lora, lora_modules, merge_lora, quantize_linears
 from stable_lora_jax.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -141,6 +141,31 @@ def test_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         inject_lora(model, **{"rank": 2, "alpha": 4.0, "targets": "qv", "rngs": nnx.Rngs(1)} | kwargs)
     assert not lora_modules(model)
+
+
+def test_a_layer_that_is_the_model_is_refused():
+    for change in (
+        lambda model: inject_lora(model, 2, 4.0, r".*", rngs=nnx.Rngs(1)),
+        lambda model: quantize_linears(model, "int8"),
+    ):
+        model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"is itself the Linear to change.*nnx.Sequential\(model\)"):
+            change(model)
+        assert "" not in vars(model)
+
+
+def test_a_layer_of_two_names_is_refused():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.free = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+            self.rest = nnx.List([self.first])
+
+    model = Tied(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"first and rest\.0 are one and the same Linear.*nnx.clone"):
+        inject_lora(model, 2, 4.0, r".*", rngs=nnx.Rngs(1))
+    assert not lora_modules(model)
+    inject_lora(model, 2, 4.0, ["free"], rngs=nnx.Rngs(1))
+    assert list(lora_modules(model)) == ["free"]
 
 
 def test_adapters_are_not_stacked_and_nothing_is_not_merged():

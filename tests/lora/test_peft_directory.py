@@ -8,12 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from stable_lora_jax.cli import main
+from stable_lora_jax.cli.export import vllm_notes
 from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.data.assets import smollm2_gguf
-from stable_lora_jax.lora import inject_lora, inject_peft, lora_modules, merge_lora, save_adapter, save_peft
+from stable_lora_jax.lora import (
+    AdapterSpec,
+    inject_lora,
+    inject_peft,
+    lora_modules,
+    merge_lora,
+    save_adapter,
+    save_peft,
+)
 from stable_lora_jax.models import huggingface_module, load_model
 from tests.models import tiny
 
@@ -46,6 +56,44 @@ def test_an_adapter_returns_bitwise(tmp_path, options):
         np.testing.assert_array_equal(other.lora_b[...], module.lora_b[...])
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_files_say_what_peft_and_vllm_read(tmp_path, use_rslora):
+    directory = export(tmp_path, adapted("qv", use_rslora=use_rslora))
+    config = json.loads((directory / "adapter_config.json").read_text())
+    expected = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "v_proj"],
+        "use_rslora": use_rslora,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "modules_to_save": None,
+        "base_model_name_or_path": BASE,
+    }
+    assert {key: config[key] for key in expected} == expected
+    with safe_open(directory / "adapter_model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets", "notes"),
+    [
+        (3, ("layers.self_attn.q_proj", "layers.mlp.down_proj"), []),
+        (16, ("layers.self_attn.q_proj",), []),
+        (17, ("layers.self_attn.q_proj",), ["rank 17 with --max-lora-rank 32."]),
+        (320, ("layers.self_attn.q_proj",), ["rank 320 with --max-lora-rank 320."]),
+        (513, ("layers.self_attn.q_proj",), ["ranks up to 512; this adapter has 513"]),
+        (24, ("layers.mlp.up_proj", "lm_head"), ["--max-lora-rank 32", "may not load adapters on lm_head"]),
+    ],
+)
+def test_what_vllm_needs_to_be_told(rank, targets, notes):
+    told = vllm_notes(AdapterSpec(base=BASE, rank=rank, alpha=16, use_rslora=False, targets=targets))
+    assert len(told) == len(notes)
+    assert all(part in note for part, note in zip(notes, told, strict=True))
+
+
 def test_any_model_may_be_exported(tmp_path):
     model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     inject_lora(model, 2, 4, [r"layers.0"], rngs=nnx.Rngs(1))
@@ -62,6 +110,11 @@ def change_config(directory, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+def drop_from_config(directory, *names):
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({key: x for key, x in json.loads(file.read_text()).items() if key not in names}))
+
+
 def change_tensors(directory, change):
     file = directory / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
@@ -73,6 +126,8 @@ def change_tensors(directory, change):
         (lambda d: shutil.rmtree(d), "lacks adapter_config.json and adapter_model.safetensors"),
         (lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x10"), "is damaged"),
         (lambda d: (d / "adapter_config.json").write_text("{"), "is damaged"),
+        (lambda d: drop_from_config(d, "r"), "adapter_config.json lacks r."),
+        (lambda d: drop_from_config(d, "r", "lora_alpha"), "adapter_config.json lacks r and lora_alpha."),
         (lambda d: change_config(d, peft_type="LOHA"), "holds a LOHA adapter. Only LORA can be loaded."),
         (lambda d: change_config(d, use_dora=True), "uses use_dora=True. Only plain LoRA"),
         (lambda d: change_config(d, modules_to_save=["lm_head"]), "uses modules_to_save=['lm_head']"),

@@ -127,6 +127,13 @@ def test_not_a_safetensors_file(saved, content):
         load_model(saved)
 
 
+@pytest.mark.parametrize("content", ["{", "5", "\xff"])
+def test_a_damaged_configuration_is_named(saved, content):
+    (saved / "config.json").write_text(content, "latin-1")
+    with pytest.raises(ValueError, match=r"config.json does not hold a JSON object \(.*again"):
+        load_model(saved)
+
+
 def test_missing_files(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors.*converted to safetensors"):

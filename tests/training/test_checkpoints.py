@@ -86,9 +86,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
                 saved.save(at_step(fresh(), step), loss)
         assert sorted(path.name for path in directory.iterdir()) == left
     with checkpoints(directory, 2, True) as saved:
-        assert saved.best_step() == 2
-        assert trees_equal(saved.restore(fresh(), 2), at_step(fresh(), 2))
         assert trees_equal(saved.restore(fresh()), at_step(fresh(), 5))
+    for newer in ("4", "5"):
+        (directory / newer).rename(tmp_path / newer)
+    with checkpoints(directory, 2, True) as saved:  # back to the best
+        assert trees_equal(saved.restore(fresh()), at_step(fresh(), 2))
 
 
 def test_a_checkpoint_is_the_same_on_every_mesh(tmp_path):
@@ -126,7 +128,7 @@ def test_a_full_disk_ends_a_run_and_leaves_its_newest_and_best_checkpoints(tmp_p
         run(tmp_path, steps=40, resume=True, save_every=1, norms_every=100)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) < 40  # told soon, not at the end
     with checkpoints(tmp_path / "checkpoints", 1, keep_best=True) as saved:
-        assert (saved.latest_step(), saved.best_step()) == (6, best)
+        assert saved.latest_step() == 6
     assert snapshot(tmp_path / "checkpoints") == before
 
 
@@ -163,11 +165,11 @@ def test_every_truncated_file_is_noticed_or_harmless(tmp_path):
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):
-    ocp.StandardCheckpointer().save(tmp_path / "other" / "3" / "default", {"weights": jnp.ones(3)})
+    with ocp.StandardCheckpointer() as checkpointer:  # which waits for the save
+        checkpointer.save(tmp_path / "other" / "3" / "default", {"weights": jnp.ones(3)})
     (tmp_path / "empty" / "3").mkdir(parents=True)
     (tmp_path / "text" / "3").mkdir(parents=True)
     (tmp_path / "text" / "3" / "notes").write_text("not a checkpoint")
-    time.sleep(0.5)
     for kind in ("other", "empty", "text"):
         before = snapshot(tmp_path / kind)
         with checkpoints(tmp_path / kind, 2) as saved, pytest.raises(ValueError, match=r"3 (is no|belongs to)"):

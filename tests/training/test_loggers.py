@@ -1,7 +1,9 @@
 """TensorBoard and Weights & Biases get what metrics.jsonl gets; read back from their own files."""
 
+import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,28 @@ def tensorboard_records(directory: Path) -> dict[str, dict[int, object]]:
     return found
 
 
+def wandb_records(file: Path) -> dict[int, dict[str, Any]]:
+    """step -> name -> value, from the log of an offline run: 7 bytes, then records cut at blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = file.read_bytes(), 7, b""
+    found: dict[int, dict[str, Any]] = {}
+    while at < len(data):
+        if 2**15 - at % 2**15 < 7:  # no room for a header: the rest of the block is empty
+            at += 2**15 - at % 2**15
+            continue
+        length, part = struct.unpack("<HB", data[at + 4 : at + 7])  # after a checksum; parts 1 whole, 2 first, 4 last
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):
+            history = Record.FromString(record).history
+            for item in history.item:
+                name = item.key or "/".join(item.nested_key)  # a histogram is several items
+                found.setdefault(history.step.num, {})[name] = json.loads(item.value_json)
+            record = b""
+    return found
+
+
 def test_tensorboard(tmp_path):
     run(tmp_path, steps=3, loggers=["tensorboard"])
     run(tmp_path, steps=6, loggers=["tensorboard"], resume=True)
@@ -54,9 +78,18 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     run(tmp_path, steps=3, loggers=["wandb"])
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert (tmp_path / "wandb-id").read_text() in file.name
-    content = file.read_bytes()
-    for name in (b"loss", b"grad_norm", b"norm_a", b"gap"):
-        assert name in content
+    found = wandb_records(file)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    for line in (line for line in lines if "loss" in line):
+        for field in ("loss", "grad_norm", "stable"):
+            assert found[line["step"]][field] == pytest.approx(line[field], rel=1e-6)
+    (norms,) = (line["norms"] for line in lines if line["step"] == 3 and "norms" in line)
+    for pair, values in norms.items():
+        _, edges = np.histogram(values["norm_a"])
+        assert found[3][f"norms/{pair}/norm_a/histogram/_type"] == "histogram"
+        assert sum(found[3][f"norms/{pair}/norm_a/histogram/values"]) == 3
+        assert found[3][f"norms/{pair}/norm_a/histogram/bins"] == pytest.approx(edges, rel=1e-6)
+        assert found[3][f"norms/{pair}/gap"] == pytest.approx(np.median(values["gap"]), rel=1e-6)
 
 
 def test_errors(monkeypatch):

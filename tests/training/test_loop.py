@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from stable_lora_jax.data import TrainBatches, right_branch_only
+from stable_lora_jax.data import Batch, TrainBatches, right_branch_only
 from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.optim import lora_rite_report
 from stable_lora_jax.training import (
     METHODS,
     NonFiniteLossError,
@@ -32,8 +34,12 @@ def batches(batch_size=8):
     return TrainBatches(EXAMPLES, batch_size=batch_size, seed=0, max_length=64)
 
 
+# Not constant, so that a resumed run must know where in it it stands.
+RATE = optax.linear_schedule(1e-2, 1e-3, 6)
+
+
 def optimizer_for(method):
-    return make_optimizer(method, 1e-2, lam=0.2, ratio=4.0, weight_decay=0.01, clip_norm=1.0)
+    return make_optimizer(method, RATE, lam=0.2, ratio=4.0, weight_decay=0.01, clip_norm=1.0)
 
 
 def run(directory, method="stable-lora", *, model=None, dropout=0.0, steps=6, **kwargs):
@@ -45,7 +51,7 @@ def run(directory, method="stable-lora", *, model=None, dropout=0.0, steps=6, **
         *(model, batches(), optimizer_for(method)),
         loss=make_loss("answer", 1),
         total_steps=steps,
-        learning_rate=lambda step: 1e-2,
+        learning_rate=RATE,
         run_dir=directory,
         **defaults | kwargs,
     )
@@ -81,6 +87,17 @@ def test_resumed_equals_uninterrupted(tmp_path, method, dropout):
     assert lines_without_speed(killed) == lines_without_speed(whole)
     losses = [line["step"] for line in lines_without_speed(killed) if "loss" in line]
     assert losses == [1, 2, 3, 4, 5, 6]
+    rite = {line["step"]: line["lora_rite"] for line in lines_without_speed(whole) if "lora_rite" in line}
+    if method == "lora-rite":
+        pairs = sorted(f"layers/self_attn/{name}/lora" for name in ("q_proj", "v_proj"))
+        report = lora_rite_report(saved_state(whole, method).opt_state)
+        assert sorted(rite) == list(range(7))
+        assert sorted(rite[6]["skipped_a"]) == sorted(rite[6]["skipped_b"]) == pairs
+        assert rite[6]["clip_factor"] == pytest.approx(float(report.clip_factor), rel=1e-6)
+        for side in ("skipped_a", "skipped_b"):
+            assert rite[6][side] == {pair: count.tolist() for pair, count in getattr(report, side).items()}
+    else:
+        assert not rite
 
 
 def test_the_model_holds_what_the_checkpoint_holds(tmp_path):
@@ -92,8 +109,8 @@ def test_the_model_holds_what_the_checkpoint_holds(tmp_path):
     assert int(saved_state(tmp_path).step) == 6
 
 
-def test_stops_are_recorded_at_their_step(tmp_path):
-    run(tmp_path)
+def test_stops_are_recorded_at_their_step(tmp_path, capsys):
+    run(tmp_path, progress=True)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     gaps = {line["step"]: line["norms"] for line in lines if "norms" in line}
     assert sorted(gaps) == list(range(7))
@@ -113,6 +130,20 @@ def test_stops_are_recorded_at_their_step(tmp_path):
         if "loss" in line:
             stable = sum(step <= line["step"] for stops in expected.values() for step in stops.values())
             assert (line["stable"], line["pairs"]) == (stable, 6)
+    assert f"stable pairs={stable}/6" in capsys.readouterr().err
+
+
+def test_a_batch_goes_to_the_devices_in_one_call(monkeypatch, tmp_path):
+    put, batches_put = jax.device_put, []
+
+    def counted(x, *args, **kwargs):
+        batches_put.extend([x] if isinstance(x, Batch) else [])
+        return put(x, *args, **kwargs)
+
+    monkeypatch.setattr(jax, "device_put", counted)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", None)
+    run(tmp_path, steps=3, mesh=make_mesh(2, 2, 2))
+    assert len(batches_put) == 3
 
 
 def test_resuming_a_finished_run_does_nothing(tmp_path):

@@ -1,5 +1,7 @@
 """Methods and schedules by name."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,13 @@ def first_step(method, clip_norm=1.0):
     optimizer = make_optimizer(method, 0.01, lam=0.25, ratio=4.0, weight_decay=0.0, clip_norm=clip_norm)
     grads = {"lora_a": jnp.full((8, 2), 0.1), "lora_b": jnp.full((2, 4), -0.2)}
     return optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_infinity_clips_nothing(method):
+    (unclipped, state), (wide, _) = first_step(method, math.inf), first_step(method, 1e6)
+    jax.tree.map(np.testing.assert_array_equal, unclipped, wide)
+    assert all(rite.clip_factor == 1 for rite in find_states(state, LoraRiteState))
 
 
 def test_flags_belong_to_stable_lora_alone():
