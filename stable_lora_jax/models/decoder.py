@@ -79,13 +79,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         """The transformed features."""
-        return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
-
-
-@partial(jax.checkpoint, prevent_cse=False)
-def _gated(gate: Hidden, up: Hidden) -> Hidden:
-    """Elementwise, so the backward pass computes it again: what it would store is five times what it reads."""
-    return jax.nn.silu(gate) * up
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nnx.Module):
@@ -129,11 +123,6 @@ class Placement(NamedTuple):
 _AS_IT_IS = Placement(weights=lambda path, params: params, rows=lambda hidden: hidden)
 
 
-def _saved(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether the backward pass may keep a result: all but gathered weights, which are gathered again."""
-    return primitive.name != "sharding_constraint"
-
-
 class Decoder(nnx.Module):
     """A causal language model of the Llama or Qwen2 architecture.
 
@@ -145,7 +134,7 @@ class Decoder(nnx.Module):
         rngs: stream for the initial parameters.
         dtype: of the computation.
         param_dtype: of the stored parameters.
-        remat: recompute each layer in the backward pass instead of storing its intermediate values.
+        remat: recompute each layer in the backward pass instead of storing the results of its matrix products.
         unroll: layers in one iteration of the loop over them; more take longer to compile.
 
     Example:
@@ -283,10 +272,11 @@ class Decoder(nnx.Module):
             carry = layer(hidden, sight, cache, index)
             return carry, nnx.split(layer, nnx.Param, ...)[2]
 
-        if self.remat or self.placement is not _AS_IT_IS:
-            # A loop keeps the passes apart; written out, the compiler would find the second one superfluous.
-            written_out = self.unroll >= config.num_layers
-            step = jax.checkpoint(step, prevent_cse=written_out, policy=None if self.remat else _saved)
+        # The backward pass keeps the results of matrix products at most: what is elementwise is computed again, which
+        # is cheaper than storing it, and gathered weights are gathered again. A loop keeps the passes apart; written
+        # out, the compiler would find the second one superfluous.
+        saved = jax.checkpoint_policies.nothing_saveable if self.remat else jax.checkpoint_policies.dots_saveable
+        step = jax.checkpoint(step, prevent_cse=self.unroll >= config.num_layers, policy=saved)
         hidden = self.placement.rows(self.embed_tokens(tokens).astype(self.dtype))
         xs = (jnp.arange(config.num_layers), params, rest)
         (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs, unroll=self.unroll)
