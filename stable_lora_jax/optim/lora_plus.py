@@ -8,6 +8,7 @@ As in PEFT's implementation the decay of a factor uses that factor's learning ra
 """
 
 import math
+from typing import Any
 
 import jax
 import optax
@@ -53,16 +54,13 @@ def lora_plus(
     check_range(
         "ratio", ratio, 1, math.inf, "It is the learning rate of B over that of A; LoRA+ advises about 16, 1 is AdamW."
     )
-
     check_adam(b1, b2, eps, weight_decay)
 
     def init(params: PyTree) -> optax.EmptyState:
         find_pairs(params, labels, stack_axes)
         return optax.EmptyState()
 
-    def faster_b(
-        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
-    ) -> tuple[PyTree, optax.EmptyState]:
+    def faster_b(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
         del params
         moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         for pair in find_pairs(updates, labels, stack_axes):
