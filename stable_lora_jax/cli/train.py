@@ -1,11 +1,7 @@
 """``stable-lora train``: fine-tune a model on a task, and leave a run directory that says everything about it."""
 
-import json
 import math
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from stable_lora_jax.cli.run_directory import check_directory, prepare_directory
 from stable_lora_jax.data import (
     TASKS,
     Completion,
@@ -42,7 +39,6 @@ from stable_lora_jax.training import (
     make_loss,
     make_mesh,
     make_optimizer,
-    newest_step,
     train,
     wait_for_all,
 )
@@ -216,7 +212,12 @@ def train_command(config: TrainConfig) -> TrainResult:
     sizes = parse_mesh(config.mesh)
     mesh = make_mesh(*(sizes.get(axis, 1) for axis in AXES))
     check_rows(mesh, config.batch_size)
-    resume = _check_directory(config)
+    resume = check_directory(
+        *(config.directory, described(config)),
+        resume=config.resume,
+        auto_resume=config.auto_resume,
+        overwrite=config.overwrite,
+    )
     model = load_base(config.model, config.dtype, config.quantize, remat=config.remat)
     check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
     check_decoder(mesh, model)
@@ -228,7 +229,7 @@ def train_command(config: TrainConfig) -> TrainResult:
     )
     wait_for_all("every process has accepted all of the above")  # nothing is deleted before
     if is_first() and not resume:
-        _prepare_directory(config, total)
+        prepare_directory(config.directory, described(config), total)
     wait_for_all("the run directory is there")
     result = train(
         *(model, batches, optimizer),
@@ -324,77 +325,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     return axes
 
 
-# What a run leaves that was stopped before its first checkpoint: nothing worth keeping.
-_LEFT_WITHOUT_CHECKPOINT = {"config.json", "metrics.jsonl", "metrics.jsonl.partial", "checkpoints"}
-
-
 def described(config: TrainConfig) -> dict[str, object]:
     """Returns what of a configuration decides what is computed: all but where it goes and how it is carried out."""
     return {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
-
-
-def _check_directory(config: TrainConfig) -> bool:
-    """Returns whether the run goes on; refuses to overwrite one unasked, or to resume something else."""
-    directory, file, wanted = config.directory, config.directory / "config.json", described(config)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"The run directory {directory} is a file. Choose another --run-dir.")
-    begun = newest_step(directory / "checkpoints") is not None
-    resume = config.resume or (config.auto_resume and begun)
-    if config.resume and not file.exists():
-        raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
-    if (config.resume or config.auto_resume) and file.exists():
-        before = _started_with(file)
-        if differing := [name for name in wanted if before.get(name) != wanted[name]]:
-            what = "; ".join(f"{name}: run {before.get(name)!r}, now {wanted[name]!r}" for name in differing)
-            raise ValueError(f"The run in {directory} was started with other values ({what}). Resume with its own.")
-    if resume:
-        return True
-    left = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    if config.auto_resume:
-        left -= _LEFT_WITHOUT_CHECKPOINT
-    if left and not config.overwrite:
-        raise ValueError(
-            f"The run directory {directory} is not empty. Go on with --resume, replace it with --overwrite, or "
-            "choose another --run-dir."
-        )
-    return False
-
-
-def _started_with(file: Path) -> dict[str, object]:
-    """Returns the configuration in a run's config.json."""
-    try:
-        return dict(json.loads(file.read_text())["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} does not hold a run's configuration ({type(error).__name__}: {error}). Put back a copy, or start "
-            "the run again with --overwrite."
-        ) from error
-
-
-def _prepare_directory(config: TrainConfig, total_steps: int) -> None:
-    """Makes a new run's directory and config.json, which is whole as soon as it is there."""
-    directory = config.directory
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
-    versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
-    record = {"config": described(config), "total_steps": total_steps, "versions": versions, "commit": commit()}
-    partial = directory.with_name(directory.name + ".config.partial")  # beside it: an empty directory is a free one
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(directory / "config.json")
-
-
-def commit() -> str | None:
-    """Returns the git commit of this package's checkout, with "+" if files differ from it; None outside of one."""
-    where = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        # Installed into somebody else's repository, this file is not one of its own.
-        subprocess.run([*where, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
-        head = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*where, "diff", "--quiet", "HEAD", "--", ".."], capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def known(field: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_lora_jax.cli import main, train
+from stable_lora_jax.cli import main, run_directory
 from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.data import encode_all, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
@@ -60,17 +60,17 @@ def test_train_leaves_a_whole_run(finished, capsys):
 
 
 def test_a_commit_says_whether_any_file_of_the_package_differs(tmp_path, monkeypatch):
-    for name in ("cli/train.py", "optim/method.py"):
+    for name in ("cli/run_directory.py", "optim/method.py"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("")
     git = ["git", "-C", tmp_path, "-c", "user.name=me", "-c", "user.email=me@example.com"]
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
         subprocess.run([*git, *arguments], check=True)
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "cli" / "train.py"))
-    head = train.commit()
+    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "cli" / "run_directory.py"))
+    head = run_directory.commit()
     assert re.fullmatch("[0-9a-f]{40}", head or "")
     (tmp_path / "optim" / "method.py").write_text("changed")
-    assert train.commit() == f"{head}+"
+    assert run_directory.commit() == f"{head}+"
 
 
 def test_eval_with_and_without_adapter(finished, model_dir, data_file, tmp_path, capsys):
