@@ -152,7 +152,7 @@ def part_of(cells: Sequence[Cell], part: str) -> tuple[list[Cell], str]:
 
 def score_questions(cell: Cell, directory: Path) -> Record:
     """Returns accuracy and likelihood of a trained cell, and which questions it has right."""
-    model = load_with_adapter(cell.train.model, directory, cell.train.dtype)
+    model = load_with_adapter(cell.train.model, directory, cell.train.dtype, cell.train.quantize)
     examples = encode_all(load_tokenizer(cell.train.model), questions(cell), cell.train.prompt_format)
     scores = evaluate(model, examples)
     bits = {"correct_sum": _bits(scores.correct_sum), "correct_token": _bits(scores.correct_token)}
