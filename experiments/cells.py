@@ -27,7 +27,7 @@ from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.cli.train import TrainConfig, described, train_command
 from stable_lora_jax.data import TASKS, Question, encode_all, hold_out, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
-from stable_lora_jax.training import NonFiniteLossError, read_metrics, stop_steps
+from stable_lora_jax.training import NonFiniteLossError, newest_step, read_metrics, stop_steps
 
 Record: TypeAlias = dict[str, Any]
 
@@ -240,7 +240,7 @@ def train_cells(group: Sequence[Cell], runs: Path) -> list[Record]:
         return train_together([replace(cell.train, run_dir=runs / cell.key) for cell in group])
     (cell,) = group
     directory, start = runs / cell.key, time.perf_counter()
-    resume = any(path.name.isdigit() for path in directory.glob("checkpoints/*"))
+    resume = newest_step(directory / "checkpoints") is not None
     try:
         result = train_command(replace(cell.train, run_dir=directory, resume=resume, overwrite=not resume))
     except NonFiniteLossError as error:
