@@ -96,8 +96,8 @@ def random_decoder(width: int, key: Array) -> Decoder:
             size = 1 / fan_in if path == ("lm_head",) else fan_in**-0.5
             linear.kernel[...] = size * jax.random.normal(rngs.params(), linear.kernel.shape)
     model.embed_tokens.embedding[...] = jax.random.normal(rngs.params(), (VOCABULARY, width))
-    norm = model.layers.input_layernorm
-    setattr(model.layers, "input_layernorm", Seen(norm, (LAYERS, BATCH, LENGTH, width)))  # noqa: B010 (another type)
+    layers: Any = model.layers
+    layers.input_layernorm = Seen(layers.input_layernorm, (LAYERS, BATCH, LENGTH, width))
     return model
 
 
