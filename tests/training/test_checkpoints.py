@@ -1,6 +1,7 @@
 """What is saved stays whole: failed saves are told, and what is not a checkpoint of this run is refused untouched."""
 
 import contextlib
+import gc
 import re
 import resource
 import shutil
@@ -30,8 +31,14 @@ from tests.models import tiny
 from tests.training.test_loop import run
 from tests.training.tiny_runs import VOCAB, adapted, trees_equal
 
-# A write that fails outlives the event loop that Orbax started it in.
+# A write or read that fails outlives the event loop that Orbax started it in.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_its_test():
+    yield
+    gc.collect()
 
 
 def fresh(method="stable-lora", model=None):
