@@ -5,8 +5,8 @@ Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW + the shrink, batch 8, row
            does the shrink cost?
 Command:   make bench           (or python -m experiments.bench_train --torch-python PATH; without it, no PEFT)
 Hardware:  2 CPU cores with nothing else running. Minutes: about 20.
-Expected:  no slower than the bare step (+- 5 %), which is what the matrix products allow. In float32 most of the lead
-           over torch on such CPUs is the matrix library's, not ours.
+Expected:  no slower than the bare step (+- 5 %), which is what the matrix products allow. In float32 most of the
+           difference from torch is that of the matrix libraries: compare the two floors.
 
 Every contender runs in a process of its own; rounds alternate between them, so that a drifting machine hits all alike.
 The floor is 4 FLOPs per frozen weight and token (forward, and backward to the activations; no weight gradients) over

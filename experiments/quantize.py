@@ -6,7 +6,7 @@ Question:  SmolLM2-135M-Instruct as float32, bfloat16, int8 and nf4 (the last tw
 Command:   make quantize        (or python -m experiments.quantize)
 Hardware:  2 CPU cores. Minutes: 14.
 Expected:  538, 269, 163 and 116 MB. int8 as good as bfloat16 (+- 2 %, a standard error of 570 questions); nf4 behind,
-           as the weights of this file were rounded once before, to other 4 bits.
+           perhaps as the weights of this file were rounded once before, to other 4 bits.
 """
 
 import json
