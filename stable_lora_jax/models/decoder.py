@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from stable_lora_jax.models.cache import KVCache
 from stable_lora_jax.models.config import DecoderConfig
+from stable_lora_jax.models.product import float32_product
 from stable_lora_jax.models.rotary import Rotation, rotary_frequencies, rotate, rotation_at
 
 # One object, not one per model: graph definitions compare initializers by identity, and jit caches compare those.
@@ -62,7 +63,7 @@ class Attention(nnx.Module):
             key, value = cache.keys[layer], cache.values[layer]
         # b batch, t query, s key, k key-value head, g query head within its group, h feature
         query = query.reshape(batch, length, self.num_kv_heads, -1, self.head_dim) * self.head_dim**-0.5
-        scores = jnp.einsum("btkgh,bskh->bktgs", query, key, preferred_element_type=jnp.float32)
+        scores = float32_product(query, key, (((4,), (3,)), ((0, 2), (0, 2))))  # bktgs
         weights = jax.nn.softmax(scores + sight.bias, axis=-1).astype(value.dtype)
         attended = jnp.einsum("bktgs,bskh->btkgh", weights, value)
         return self.o_proj(attended.reshape(batch, length, -1)), cache
@@ -188,7 +189,7 @@ class Decoder(nnx.Module):
                 rngs=rngs,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                preferred_element_type=jnp.float32,
+                dot_general=float32_product,
             )
 
     def __call__(
@@ -251,7 +252,7 @@ class Decoder(nnx.Module):
         embedding = self.placement.weights("embed_tokens.embedding", self.embed_tokens.embedding[...]).astype(
             self.dtype
         )
-        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        return float32_product(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
 
     def _run(self, tokens, positions, visible, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
         config = self.config

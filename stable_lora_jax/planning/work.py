@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
 from stable_lora_jax.planning.program import Collective, read_collectives
@@ -126,7 +127,8 @@ def _trace(workload: Workload, shapes: StepShapes) -> Any:
     def step(*arguments: Any) -> Any:
         return train_step(graph, loss, optimizer, workload.accumulate, *arguments)
 
-    return jax.make_jaxpr(step)(*arguments).jaxpr
+    jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]  # no gradients that nobody reads, of frozen weights
 
 
 def dot_flops(jaxpr: Any) -> int:

@@ -1,0 +1,60 @@
+"""Products with float32 results: those of their backward pass take low precision, and lose no more than it does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stable_lora_jax.models.product import float32_product
+from tests.models import tiny
+
+SCORES = (((4,), (3,)), ((0, 2), (0, 2)))
+LOGITS = (((1,), (1,)), ((), ()))
+
+
+def products(jaxpr):
+    """Yields the dtypes of the operands of every product in a program, and that of its result."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield *(var.aval.dtype for var in eqn.invars), eqn.outvars[0].aval.dtype
+        for node in jax.tree.leaves(eqn.params, is_leaf=lambda node: hasattr(node, "eqns")):
+            if hasattr(node, "eqns"):
+                yield from products(node)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "spec", "x_shape", "y_shape"),
+    [(SCORES, "btkgh,bskh->bktgs", (2, 5, 3, 2, 8), (2, 7, 3, 8)), (LOGITS, "td,vd->tv", (6, 8), (20, 8))],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_and_gradients_are_those_of_einsum_in_float64(dimensions, spec, x_shape, y_shape, dtype):
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x_shape, y_shape))
+    value, transpose = jax.vjp(lambda x, y: float32_product(x, y, dimensions), x, y)
+    operands, result = spec.split("->")
+    first, second = operands.split(",")
+    exact_x, exact_y = np.float64(x), np.float64(y)
+    np.testing.assert_allclose(value, np.einsum(spec, exact_x, exact_y), rtol=1e-5, atol=1e-5)
+    assert value.dtype == jnp.float32
+    cotangent = jnp.asarray(rng.normal(size=value.shape), jnp.float32)
+    expected = (
+        np.einsum(f"{result},{second}->{first}", np.float64(cotangent), exact_y),
+        np.einsum(f"{result},{first}->{second}", np.float64(cotangent), exact_x),
+    )
+    for gradient, exact in zip(transpose(cotangent), expected, strict=True):
+        assert gradient.dtype == dtype
+        error = np.linalg.norm(np.float64(gradient) - exact) / np.linalg.norm(exact)
+        assert error < (5e-3 if dtype == jnp.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_every_product_of_a_bfloat16_model_takes_bfloat16(tie_embeddings):
+    graph, params = nnx.split(tiny.decoder(dtype=jnp.bfloat16, tie_embeddings=tie_embeddings))
+
+    def loss(params):
+        return jax.nn.logsumexp(nnx.merge(graph, params)(tiny.tokens())).sum()
+
+    found = list(products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    assert len(found) >= 3 * 10  # seven of weights, two of attention, the logits; and two of each in the backward pass
+    assert {operand for each in found for operand in each[:2]} == {jnp.dtype(jnp.bfloat16)}
