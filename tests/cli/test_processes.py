@@ -70,9 +70,12 @@ def test_one_run_by_two_processes_then_four_then_one(flags, tmp_path, capsys):
         killed = time.monotonic()
         _, error = started[0].communicate(timeout=60)
         assert time.monotonic() - killed < 3 * HEARTBEAT
-        assert started[0].returncode == 1, error
-        assert "Process 0 of 2 cannot go on" in error
-        assert "Start all of them again" in error
+        if started[0].returncode == -signal.SIGABRT:  # it was waiting for a save shared with the dead, and JAX ends it
+            assert "another task died" in error
+        else:
+            assert started[0].returncode == 1, error
+            assert "Process 0 of 2 cannot go on" in error
+            assert "Start all of them again" in error
     by_two, kept = losses(run), newest_step(run / "checkpoints")
     assert kept is not None
     assert kept >= 15
