@@ -67,7 +67,7 @@ ROWS = {
 }
 
 
-# The same objects at every call: tests share what is compiled for them.
+# The same objects at every call, as what is compiled for one test then serves the others.
 @functools.cache
 def _problem(name):
     params, loss = PROBLEMS[name]()
@@ -80,7 +80,7 @@ def _transformation(row):
     return make(rate)
 
 
-def _case(row, problem="asymmetric"):
+def _case(row, problem):
     return (*ROWS[row], *_problem(problem))
 
 
@@ -113,7 +113,7 @@ def _assert_close(row, ours, expected):
 
 rows = pytest.mark.parametrize("row", ROWS)
 
-# name -> (from (stack, n, r) and (stack, r, m), back again)
+# name -> (from A: (stack, n, r) and B: (stack, r, m) to this layout, back again)
 LAYOUTS = {
     "plain": (lambda x: x,) * 2,
     "torch": (lambda x: np.swapaxes(x, -1, -2),) * 2,
@@ -147,13 +147,12 @@ def test_jitted_equals_eager_and_compiles_once(row):
     make, rate = ROWS[row]
     tx = make(rate)
     update = jax.jit(tx.update)
-    eager, jitted = (params, tx.init(params)), (params, tx.init(params))
+    eager = jitted = tx.init(params)
     for grads in steps:
-        updates, state = tx.update(grads, eager[1], eager[0])
-        eager = optax.apply_updates(eager[0], updates), state
-        updates, state = update(grads, jitted[1], jitted[0])
-        jitted = optax.apply_updates(jitted[0], updates), state
-    _assert_close(row, jitted[0], eager[0])
+        expected, eager = tx.update(grads, eager, params)
+        updates, jitted = update(grads, jitted, params)
+        _assert_close(row, updates, expected)
+        params = optax.apply_updates(params, updates)
     assert update._cache_size() == 1
 
 
@@ -222,7 +221,7 @@ def test_equals_one_device_on_eight(row, eight_devices):
 
 @rows
 def test_composes_with_multi_steps(row):
-    plain, (params, loss) = _transformation(row), _problem("asymmetric")
+    plain, (params, loss) = _transformation(row), _problem("stacked")
     grads = jax.grad(loss)(params)
     tx = optax.MultiSteps(plain, every_k_schedule=2)
     state = tx.init(params)
@@ -236,7 +235,7 @@ def test_composes_with_multi_steps(row):
 
 @rows
 def test_takes_a_schedule_and_an_injected_rate(row):
-    make, rate, params, loss = _case(row)
+    make, rate, params, loss = _case(row, "stacked")
     schedule = optax.linear_schedule(rate, rate / 2, 4)
     scheduled, injected = make(schedule), optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(rate)
     states = scheduled.init(params), injected.init(params)
@@ -262,7 +261,7 @@ def test_takes_a_schedule_and_an_injected_rate(row):
     ],
 )
 def test_every_number_may_be_injected(make):
-    params, loss = PROBLEMS["asymmetric"]()
+    params, loss = _problem("asymmetric")
     tx = make()
     updates, _ = jax.jit(tx.update)(jax.grad(loss)(params), tx.init(params), params)
     chex.assert_tree_all_finite(updates)
@@ -312,14 +311,14 @@ def test_resumes_bitwise_from_a_checkpoint(row, tmp_path):
 
 @rows
 def test_vmaps_over_a_batch_of_adapters(row):
-    make, rate, params, loss = _case(row)
-    batch = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p, 2.0 * p]), params)
+    make, rate, params, loss = _case(row, "stacked")
+    scales = np.float32([1.0, 0.5, 2.0])
+    batch, rates = jax.tree.map(lambda p: np.multiply.outer(scales, p), params), rate * scales
 
     def one(params, rate):
         tx = make(rate)
         return _moved(tx, params, tx.init(params), jax.grad(loss), 2)[0]
 
-    rates = rate * jnp.array([1.0, 0.5, 2.0])
     one_by_one, together = jax.jit(one), jax.jit(jax.vmap(one))(batch, rates)
     for i in range(3):
         alone = one_by_one(jax.tree.map(lambda p, i=i: p[i], batch), rates[i])
@@ -349,11 +348,11 @@ def test_a_pair_in_another_layout_moves_the_same(row, layout):
 
 @rows
 def test_works_in_an_nnx_optimizer(row):
-    make, rate, _, _ = _case(row)
+    tx = _transformation(row)
     model = nnx.LoRA(9, 2, 5, rngs=nnx.Rngs(0))
     params = {"lora_a": model.lora_a[...], "lora_b": model.lora_b[...]}
     grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
-    optimizer, tx = nnx.Optimizer(model, make(rate), wrt=nnx.LoRAParam), make(rate)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     update, state = jax.jit(tx.update), tx.init(params)
 
     @nnx.jit
