@@ -1,5 +1,7 @@
 """Every public transformation x every property of an Optax citizen. Adding an optimizer means adding a row."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -65,21 +67,37 @@ ROWS = {
 }
 
 
-def _case(row, problem="asymmetric"):
+# The same objects at every call, as what is compiled for one test then serves the others.
+@functools.cache
+def _problem(name):
+    params, loss = PROBLEMS[name]()
+    return params, jax.jit(loss)
+
+
+@functools.cache
+def _transformation(row):
     make, rate = ROWS[row]
-    return (make, rate, *PROBLEMS[problem]())
+    return make(rate)
 
 
-def _train(tx, params, loss, steps):
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
+def _case(row, problem):
+    return (*ROWS[row], *_problem(problem))
+
+
+def _moved(tx, params, state, gradient, steps):
+    """Returns the parameters and the state after some steps, as one loop: the update is compiled once."""
+
+    def step(_, carry):
+        params, state = carry
+        updates, state = tx.update(gradient(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
-    for _ in range(steps):
-        params, state = step(params, state)
-    return params, state
+    return jax.lax.fori_loop(0, steps, step, (params, state))
+
+
+@functools.partial(jax.jit, static_argnames=("tx", "loss"))
+def _train(tx, params, state, loss, steps):
+    return _moved(tx, params, state, jax.grad(loss), steps)
 
 
 def _assert_close(row, ours, expected):
@@ -87,19 +105,31 @@ def _assert_close(row, ours, expected):
     tolerance = 5e-3 if "rite" in row else 1e-4
 
     def check(x, y):
-        assert np.linalg.norm(np.float64(x - y)) <= tolerance * np.linalg.norm(np.float64(y)) + 1e-7
+        x, y = np.float64(x), np.float64(y)
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y) + 1e-7
 
     jax.tree.map(check, ours, expected)
 
 
 rows = pytest.mark.parametrize("row", ROWS)
 
+# name -> (from A: (stack, n, r) and B: (stack, r, m) to this layout, back again)
+LAYOUTS = {
+    "plain": (lambda x: x,) * 2,
+    "torch": (lambda x: np.swapaxes(x, -1, -2),) * 2,
+    "einsum": (
+        lambda x: x.reshape(3, 2, 4, 5) if x.shape == (3, 2, 20) else x,
+        lambda x: x.reshape(3, 2, 20) if x.shape == (3, 2, 4, 5) else x,
+    ),
+    "stack axis 1": (lambda x: np.moveaxis(x, 0, 1), lambda x: np.moveaxis(x, 1, 0)),
+}
+
 
 @rows
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_converges(row, problem):
-    make, rate, params, loss = _case(row, problem)
-    trained, _ = _train(make(rate), params, loss, 200)
+    tx, (params, loss) = _transformation(row), _problem(problem)
+    trained, _ = _train(tx, params, tx.init(params), loss, 200)
     assert loss(trained) < 0.1 * loss(params)
     if problem == "mixed":
         np.testing.assert_allclose(trained["v"]["kernel"], params["v"]["kernel"], rtol=1e-2)
@@ -107,31 +137,35 @@ def test_converges(row, problem):
 
 @rows
 def test_jitted_equals_eager_and_compiles_once(row):
-    make, rate, params, loss = _case(row, "mixed")
+    # Every shape that is met eagerly is a program for every operation: few of them, and not in the order of names.
+    rng = np.random.default_rng(6)
+    shapes = {"v": {"lora_a": (6, 2), "lora_b": (2, 6)}, "q": {"lora_a": (4, 2), "lora_b": (2, 4)}, "bias": (6,)}
+    params, *steps = (
+        jax.tree.map(lambda shape: jnp.float32(rng.normal(size=shape)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+        for _ in range(3)
+    )
+    make, rate = ROWS[row]
     tx = make(rate)
     update = jax.jit(tx.update)
-    eager, jitted = (params, tx.init(params)), (params, tx.init(params))
-    for _ in range(2):
-        grads = jax.grad(loss)(eager[0])
-        updates, state = tx.update(grads, eager[1], eager[0])
-        eager = optax.apply_updates(eager[0], updates), state
-        updates, state = update(grads, jitted[1], jitted[0])
-        jitted = optax.apply_updates(jitted[0], updates), state
-    _assert_close(row, jitted[0], eager[0])
+    eager = jitted = tx.init(params)
+    for grads in steps:
+        expected, eager = tx.update(grads, eager, params)
+        updates, jitted = update(grads, jitted, params)
+        _assert_close(row, updates, expected)
+        params = optax.apply_updates(params, updates)
     assert update._cache_size() == 1
 
 
 @rows
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_keeps_dtypes_and_trains_in_low_precision(row, dtype):
-    make, rate, params, loss = _case(row)
+    tx, (params, loss) = _transformation(row), _problem("asymmetric")
     params = jax.tree.map(lambda p: p.astype(dtype), params)
-    tx = make(rate)
     state = tx.init(params)
-    updates, after = jax.jit(tx.update)(jax.grad(loss)(params), state, params)
+    updates, after = jax.eval_shape(tx.update, jax.eval_shape(jax.grad(loss), params), state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    trained, _ = _train(tx, params, loss, 100)
+    trained, _ = _train(tx, params, state, loss, 100)
     chex.assert_tree_all_finite(trained)
     assert loss(trained) < 0.9 * loss(params)
 
@@ -173,11 +207,7 @@ def test_equals_one_device_on_eight(row, eight_devices):
     mesh = jax.make_mesh((8,), ("fsdp",), devices=eight_devices, axis_types=(jax.sharding.AxisType.Auto,))
 
     def two_steps(params, grads):
-        state = tx.init(params)
-        for _ in range(2):
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        return params, state
+        return _moved(tx, params, tx.init(params), lambda _: grads, 2)
 
     expected = jax.jit(two_steps)(params, grads)
     # Split over the stack; and over the fan-in of A and the fan-out of B.
@@ -191,27 +221,27 @@ def test_equals_one_device_on_eight(row, eight_devices):
 
 @rows
 def test_composes_with_multi_steps(row):
-    make, rate, params, loss = _case(row)
+    plain, (params, loss) = _transformation(row), _problem("stacked")
     grads = jax.grad(loss)(params)
-    tx = optax.MultiSteps(make(rate), every_k_schedule=2)
+    tx = optax.MultiSteps(plain, every_k_schedule=2)
     state = tx.init(params)
     update = jax.jit(tx.update)
     updates, state = update(grads, state, params)
-    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    chex.assert_trees_all_equal(updates, jax.tree.map(np.zeros_like, params))
     updates, state = update(grads, state, params)
-    plain = make(rate)
-    _assert_close(row, updates, jax.jit(plain.update)(grads, plain.init(params), params)[0])
+    moved, _ = _train(plain, params, plain.init(params), loss, 1)
+    _assert_close(row, updates, jax.tree.map(lambda x, y: np.float64(x) - np.float64(y), moved, params))
 
 
 @rows
 def test_takes_a_schedule_and_an_injected_rate(row):
-    make, rate, params, loss = _case(row)
+    make, rate, params, loss = _case(row, "stacked")
     schedule = optax.linear_schedule(rate, rate / 2, 4)
     scheduled, injected = make(schedule), optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(rate)
     states = scheduled.init(params), injected.init(params)
-    updates_of = jax.jit(scheduled.update), jax.jit(injected.update)
+    updates_of, gradient = (jax.jit(scheduled.update), jax.jit(injected.update)), jax.grad(loss)
     for step in range(3):
-        grads = jax.grad(loss)(params)
+        grads = gradient(params)
         states[1].hyperparams["learning_rate"] = schedule(step)
         updates, first = updates_of[0](grads, states[0], params)
         others, second = updates_of[1](grads, states[1], params)
@@ -231,7 +261,7 @@ def test_takes_a_schedule_and_an_injected_rate(row):
     ],
 )
 def test_every_number_may_be_injected(make):
-    params, loss = PROBLEMS["asymmetric"]()
+    params, loss = _problem("asymmetric")
     tx = make()
     updates, _ = jax.jit(tx.update)(jax.grad(loss)(params), tx.init(params), params)
     chex.assert_tree_all_finite(updates)
@@ -253,87 +283,76 @@ def test_works_masked_and_partitioned(row):
     def pairs_of(tree):
         return {name: {side: pair[side] for side in ("lora_a", "lora_b")} for name, pair in tree.items()}
 
-    alone, plain = pairs_of(params), make(rate)
-    expected, _ = jax.jit(plain.update)(pairs_of(grads), plain.init(alone), alone)
-    for tx in (masked, partitioned):
-        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    @jax.jit
+    def updates_of_all(grads, params):
+        alone = pairs_of(grads), pairs_of(params)
+        cases = (make(rate), *alone), (masked, grads, params), (partitioned, grads, params)
+        return [tx.update(grads, tx.init(params), params)[0] for tx, grads, params in cases]
+
+    # In one program, so that what is the same is compiled once.
+    expected, *others = updates_of_all(grads, params)
+    for updates in others:
         assert not updates["v"]["bias"].any()
         _assert_close(row, pairs_of(updates), expected)
 
 
 @rows
 def test_resumes_bitwise_from_a_checkpoint(row, tmp_path):
-    make, rate, params, loss = _case(row)
-    tx = make(rate)
-    params, state = _train(tx, params, loss, 5)
+    tx, (params, loss) = _transformation(row), _problem("asymmetric")
+    params, state = _train(tx, params, tx.init(params), loss, 5)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", (params, state))
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", (params, state))
-    grads, update = jax.grad(loss)(params), jax.jit(tx.update)
-    chex.assert_trees_all_equal(update(grads, restored[1], restored[0]), update(grads, state, params))
+    chex.assert_trees_all_equal(restored, (params, state))
+    uncommitted = jax.tree.map(np.asarray, restored)  # for which nothing is compiled anew
+    chex.assert_trees_all_equal(_train(tx, *uncommitted, loss, 1), _train(tx, params, state, loss, 1))
 
 
 @rows
 def test_vmaps_over_a_batch_of_adapters(row):
-    make, rate, params, loss = _case(row)
-    batch = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p, 2.0 * p]), params)
+    make, rate, params, loss = _case(row, "stacked")
+    scales = np.float32([1.0, 0.5, 2.0])
+    batch, rates = jax.tree.map(lambda p: np.multiply.outer(scales, p), params), rate * scales
 
     def one(params, rate):
         tx = make(rate)
-        state = tx.init(params)
-        for _ in range(2):
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
-        return params
+        return _moved(tx, params, tx.init(params), jax.grad(loss), 2)[0]
 
-    rates = rate * jnp.array([1.0, 0.5, 2.0])
-    together = jax.jit(jax.vmap(one))(batch, rates)
+    one_by_one, together = jax.jit(one), jax.jit(jax.vmap(one))(batch, rates)
     for i in range(3):
-        alone = jax.jit(one)(jax.tree.map(lambda p, i=i: p[i], batch), rates[i])
+        alone = one_by_one(jax.tree.map(lambda p, i=i: p[i], batch), rates[i])
         _assert_close(row, jax.tree.map(lambda p, i=i: p[i], together), alone)
 
 
-@rows
-@pytest.mark.parametrize("layout", ["torch", "einsum", "stack axis 1"])
-def test_a_pair_in_another_layout_moves_the_same(row, layout):
-    make, rate, _, _ = _case(row)
+@functools.cache
+def _moved_pair(row, layout):
+    """Returns one stack of pairs after three steps in this layout, back in the plain one."""
+    make, rate = ROWS[row]
+    to, back = LAYOUTS[layout]
+    tx = make(rate, stack_axes=(1,) if layout == "stack axis 1" else (0,))
     rng = np.random.default_rng(5)
-    a, b = rng.normal(size=(2, 12, 4)), rng.normal(size=(2, 4, 6))
-    plain = {"lora_a": a, "lora_b": b}
-    to, back = {
-        "torch": (lambda x: jnp.swapaxes(x, -1, -2),) * 2,
-        "einsum": (
-            lambda x: x.reshape(2, 4, 2, 3) if x.shape == (2, 4, 6) else x,
-            lambda x: x.reshape(2, 4, 6) if x.shape == (2, 4, 2, 3) else x,
-        ),
-        "stack axis 1": (lambda x: jnp.moveaxis(x, 0, 1), lambda x: jnp.moveaxis(x, 1, 0)),
-    }[layout]
-    plain = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), plain)
-    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), plain)
-
-    def three_steps(params, grads, stack_axes=(0,)):
-        tx = make(rate, stack_axes=stack_axes)
-        state = tx.init(params)
-        for _ in range(3):
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
-
-    axes = (1,) if layout == "stack axis 1" else (0,)
-    moved = jax.tree.map(
-        back, jax.jit(three_steps, static_argnums=2)(jax.tree.map(to, plain), jax.tree.map(to, grads), axes)
+    params, grads = (
+        {"lora_a": to(rng.normal(size=(3, 12, 2))), "lora_b": to(rng.normal(size=(3, 2, 20)))} for _ in range(2)
     )
-    _assert_close(row, moved, jax.jit(three_steps)(plain, grads))
+    params, grads = jax.tree.map(jnp.float32, (params, grads))
+    moved, _ = jax.jit(lambda p, g: _moved(tx, p, tx.init(p), lambda _: g, 3))(params, grads)
+    return jax.tree.map(lambda p: back(np.asarray(p)), moved)
+
+
+@pytest.mark.parametrize("layout", ["torch", "einsum", "stack axis 1"])
+@rows
+def test_a_pair_in_another_layout_moves_the_same(row, layout):
+    _assert_close(row, _moved_pair(row, layout), _moved_pair(row, "plain"))
 
 
 @rows
 def test_works_in_an_nnx_optimizer(row):
-    make, rate, _, _ = _case(row)
+    tx = _transformation(row)
     model = nnx.LoRA(9, 2, 5, rngs=nnx.Rngs(0))
     params = {"lora_a": model.lora_a[...], "lora_b": model.lora_b[...]}
     grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
-    optimizer, tx = nnx.Optimizer(model, make(rate), wrt=nnx.LoRAParam), make(rate)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     update, state = jax.jit(tx.update), tx.init(params)
 
     @nnx.jit
@@ -349,7 +368,6 @@ def test_works_in_an_nnx_optimizer(row):
 
 @rows
 def test_needs_params(row):
-    make, rate, params, loss = _case(row)
-    tx = make(rate)
+    tx, (params, _) = _transformation(row), _problem("asymmetric")
     with pytest.raises(ValueError, match="params"):
-        tx.update(jax.grad(loss)(params), tx.init(params))
+        tx.update(params, tx.init(params))
