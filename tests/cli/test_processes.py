@@ -15,7 +15,7 @@ import pytest
 from stable_lora_jax.training import newest_step, read_metrics
 from tests.cli.test_cli import code_of
 
-STEPS, HEARTBEAT = 300, 10
+STEPS, HEARTBEAT = 160, 10
 LOW = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
@@ -86,7 +86,7 @@ def test_one_run_by_two_processes_then_four_then_one(flags, tmp_path, capsys):
         started[2].send_signal(signal.SIGTERM)
         told = [process.communicate(timeout=60) for process in started]
         assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 4, told
-    (stopped,) = map(int, re.findall(r"Stopped by SIGTERM at step (\d+) of 300; --resume", told[0][0]))
+    (stopped,) = map(int, re.findall(r"Stopped by SIGTERM at step (\d+) of 160; --resume", told[0][0]))
     assert not any("Stopped" in out or "train:" in error for out, error in told[1:])  # process 0 alone tells
     assert newest_step(run / "checkpoints") == stopped == max(losses(run))
     by_four = losses(run)
