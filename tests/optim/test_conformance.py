@@ -111,18 +111,39 @@ def _assert_close(row, ours, expected):
     jax.tree.map(check, ours, expected)
 
 
-rows = pytest.mark.parametrize("row", ROWS)
+# A module's parameter: the tests of a row come one after the other, in one process, and share what is compiled.
+rows = pytest.mark.parametrize("row", ROWS, scope="module")
 
 # name -> (from A: (stack, n, r) and B: (stack, r, m) to this layout, back again)
 LAYOUTS = {
     "plain": (lambda x: x,) * 2,
     "torch": (lambda x: np.swapaxes(x, -1, -2),) * 2,
     "einsum": (
-        lambda x: x.reshape(3, 2, 4, 5) if x.shape == (3, 2, 20) else x,
-        lambda x: x.reshape(3, 2, 20) if x.shape == (3, 2, 4, 5) else x,
+        lambda x: x.reshape(8, 2, 4, 6) if x.shape == (8, 2, 24) else x,
+        lambda x: x.reshape(8, 2, 24) if x.shape == (8, 2, 4, 6) else x,
     ),
     "stack axis 1": (lambda x: np.moveaxis(x, 0, 1), lambda x: np.moveaxis(x, 1, 0)),
 }
+
+
+def _stack(layout):
+    """Returns (parameters, gradients): eight pairs in two leaves."""
+    to, _ = LAYOUTS[layout]
+    rng = np.random.default_rng(5)
+    pairs = [{"lora_a": rng.normal(size=(8, 16, 2)), "lora_b": rng.normal(size=(8, 2, 24))} for _ in range(2)]
+    return jax.tree.map(lambda x: to(np.float32(x)), pairs)
+
+
+def _move_stack(row, layout):
+    """Returns a function of parameters and gradients: the parameters and the state after three steps."""
+    make, rate = ROWS[row]
+    tx = make(rate, stack_axes=(1,) if layout == "stack axis 1" else (0,))
+    return lambda params, grads: _moved(tx, params, tx.init(params), lambda _: grads, 3)
+
+
+@functools.cache
+def _moved_stack(row):
+    return jax.jit(_move_stack(row, "plain"))(*_stack("plain"))
 
 
 @rows
@@ -200,23 +221,15 @@ def test_state_keeps_its_structure_under_cond(row):
 
 @rows
 def test_equals_one_device_on_eight(row, eight_devices):
-    make, rate, params, _ = _case(row, "stacked")
-    params = jax.tree.map(lambda p: jnp.concatenate([p] * 8)[:8], params)
-    grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
-    tx = make(rate, stack_axes=(0,))
     mesh = jax.make_mesh((8,), ("fsdp",), devices=eight_devices, axis_types=(jax.sharding.AxisType.Auto,))
-
-    def two_steps(params, grads):
-        return _moved(tx, params, tx.init(params), lambda _: grads, 2)
-
-    expected = jax.jit(two_steps)(params, grads)
+    expected, expected_state = _moved_stack(row)
     # Split over the stack; and over the fan-in of A and the fan-out of B.
     for a, b in (((P("fsdp"),) * 2), (P(None, "fsdp"), P(None, None, "fsdp"))):
-        specs = {"layers": {"lora_a": NamedSharding(mesh, a), "lora_b": NamedSharding(mesh, b)}}
-        placed = jax.device_put((params, grads), (specs, specs))
-        moved, state = jax.jit(two_steps, out_shardings=(specs, None))(*placed)
-        chex.assert_trees_all_close(moved, expected[0], rtol=1e-4, atol=1e-6)
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, expected[1])
+        specs = {"lora_a": NamedSharding(mesh, a), "lora_b": NamedSharding(mesh, b)}
+        placed = jax.device_put(_stack("plain"), [specs, specs])
+        moved, state = jax.jit(_move_stack(row, "plain"), out_shardings=(specs, None))(*placed)
+        chex.assert_trees_all_close(moved, expected, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, expected_state)
 
 
 @rows
@@ -325,25 +338,13 @@ def test_vmaps_over_a_batch_of_adapters(row):
         _assert_close(row, jax.tree.map(lambda p, i=i: p[i], together), alone)
 
 
-@functools.cache
-def _moved_pair(row, layout):
-    """Returns one stack of pairs after three steps in this layout, back in the plain one."""
-    make, rate = ROWS[row]
-    to, back = LAYOUTS[layout]
-    tx = make(rate, stack_axes=(1,) if layout == "stack axis 1" else (0,))
-    rng = np.random.default_rng(5)
-    params, grads = (
-        {"lora_a": to(rng.normal(size=(3, 12, 2))), "lora_b": to(rng.normal(size=(3, 2, 20)))} for _ in range(2)
-    )
-    params, grads = jax.tree.map(jnp.float32, (params, grads))
-    moved, _ = jax.jit(lambda p, g: _moved(tx, p, tx.init(p), lambda _: g, 3))(params, grads)
-    return jax.tree.map(lambda p: back(np.asarray(p)), moved)
-
-
 @pytest.mark.parametrize("layout", ["torch", "einsum", "stack axis 1"])
 @rows
 def test_a_pair_in_another_layout_moves_the_same(row, layout):
-    _assert_close(row, _moved_pair(row, layout), _moved_pair(row, "plain"))
+    _, back = LAYOUTS[layout]
+    moved, _ = jax.jit(_move_stack(row, layout))(*_stack(layout))
+    expected, _ = _moved_stack(row)
+    _assert_close(row, jax.tree.map(lambda p: back(np.asarray(p)), moved), expected)
 
 
 @rows
