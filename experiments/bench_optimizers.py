@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.bench_train import machine, versions
+from experiments.provenance import machine, versions
 
 # The length of a training step, of which the table gives shares.
 TRAIN = Path("experiments/results/bench_train.json")

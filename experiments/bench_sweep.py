@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.bench_train import ANSWER, BATCH, machine, peak_gigabytes, random_rows, timed, versions
+from experiments.bench_train import ANSWER, BATCH, peak_gigabytes, random_rows, timed
+from experiments.provenance import machine, versions
 
 
 @dataclass(frozen=True, kw_only=True)

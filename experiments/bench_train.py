@@ -14,20 +14,19 @@ the rate of a product of the model's own shapes, measured in each round, in XLA 
 """
 
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tyro
+
+from experiments.provenance import machine
 
 BATCH, ANSWER, VOCABULARY = 8, 8, 49152
 FROZEN_LAYER_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
@@ -95,22 +94,6 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     for key in turns[0].keys() - {"seconds", "versions"}:
         merged[key] = statistics.median(each[key] for each in turns)
     return merged | {"versions": turns[0]["versions"]}
-
-
-def machine() -> dict[str, Any]:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
-    return {"cpu": cpu, "cores": os.cpu_count(), "architecture": platform.machine()}
-
-
-def versions(*names: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def table(result: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ from experiments.bench_train import (
     peak_gigabytes,
     random_rows,
     timed,
-    versions,
 )
+from experiments.provenance import versions
 
 
 def run(name: str, length: int, dtype: str, steps: int) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def ours(length: int, dtype: str, steps: int) -> dict[str, Any]:
     from stable_lora_jax.lora import inject_lora
     from stable_lora_jax.models import load_model
     from stable_lora_jax.training import compile_step, init_state, make_loss, make_mesh, split_model
+    from stable_lora_jax.training.sharding import replicated
 
     width = jnp.dtype(dtype)
     model = inject_lora(load_model("smollm2-135m", dtype=width, param_dtype=width), 8, 16.0, "qv", rngs=nnx.Rngs(0))
@@ -47,8 +48,9 @@ def ours(length: int, dtype: str, steps: int) -> dict[str, Any]:
     batch = jax.device_put(Batch(*(np.asarray(x, np.int32) for x in (
         tokens, positions, zeros, read_at, targets, np.zeros_like(targets), np.zeros(BATCH)
     ))))  # fmt: skip
-    step = compile_step(graph, make_loss("answer", 1), optimizer, mesh=make_mesh(), frozen=frozen)
-    state = init_state(jax.tree.map(jnp.copy, adapters), optimizer)
+    mesh = make_mesh()
+    step = compile_step(graph, make_loss("answer", 1), optimizer, mesh=mesh, frozen=frozen)
+    state = jax.device_put(init_state(jax.tree.map(jnp.copy, adapters), optimizer), replicated(mesh))
     start = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, frozen, batch))
     first = time.perf_counter() - start

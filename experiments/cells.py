@@ -12,17 +12,15 @@ results`).
 
 import hashlib
 import json
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from experiments.bench_train import machine, versions
+from experiments.provenance import provenance
 from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.cli.train import TrainConfig, described, train_command
 from stable_lora_jax.data import TASKS, Question, encode_all, hold_out, load_jsonl, load_task, load_tokenizer
@@ -155,8 +153,8 @@ def score_questions(cell: Cell, directory: Path) -> Record:
     model = load_with_adapter(cell.train.model, directory, cell.train.dtype, cell.train.quantize)
     examples = encode_all(load_tokenizer(cell.train.model), questions(cell), cell.train.prompt_format)
     scores = evaluate(model, examples)
-    bits = {"correct_sum": _bits(scores.correct_sum), "correct_token": _bits(scores.correct_token)}
-    return {key: round(value, 6) for key, value in scores.summary().items()} | bits
+    right = {"correct_sum": bits(scores.correct_sum), "correct_token": bits(scores.correct_token)}
+    return {key: round(value, 6) for key, value in scores.summary().items()} | right
 
 
 def questions(cell: Cell) -> list[Question]:
@@ -170,6 +168,11 @@ def questions(cell: Cell) -> list[Question]:
     else:
         items = load_task(train.data, cell.score_on, source=train.source)
     return [item for item in items if isinstance(item, Question)]
+
+
+def bits(right: Iterable[bool]) -> str:
+    """Returns 1 or 0 for every question."""
+    return "".join("01"[int(one)] for one in right)
 
 
 def correctness(record: Record, field: str = "correct_token") -> np.ndarray:
@@ -196,27 +199,6 @@ def append(file: Path, record: Record) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(before + json.dumps(record, ensure_ascii=False) + "\n")
     partial.replace(file)
-
-
-def provenance() -> Record:
-    """Returns what made a line: commit (with + if the code was changed since), versions, machine."""
-    code = ("stable_lora_jax", "experiments/*.py")
-    commit = _git("rev-parse", "--short=10", "HEAD")
-    changed = "+" if commit and _git("status", "--porcelain", "--", *code) else ""
-    import jax
-
-    device = {"device": jax.devices()[0].device_kind, "system": platform.system()}
-    return {
-        "commit": commit + changed,
-        "versions": versions("jax", "flax", "optax", "numpy"),
-        "machine": machine() | device,
-    }
-
-
-def _git(*arguments: str) -> str:
-    root = Path(__file__).parent.parent  # a Ray task may run in any directory
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def _groups(cells: Sequence[Cell], together: int) -> list[list[Cell]]:
@@ -257,7 +239,3 @@ def stable_at(directory: Path) -> dict[str, list[int]]:
     norms, stops = next(line["norms"] for line in lines if "norms" in line), stop_steps(lines)
     counts = {pair: np.size(each["norm_a"]) for pair, each in norms.items()}
     return {pair: [stops.get(pair, {}).get((i,), 0) for i in range(count)] for pair, count in counts.items()}
-
-
-def _bits(flags: np.ndarray) -> str:
-    return "".join("01"[int(flag)] for flag in flags)

@@ -10,17 +10,15 @@ Expected:  accuracy 52 -> 65 % (summed) and 48 -> 67 % (per token) for AdamW, +-
 """
 
 import json
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from experiments.provenance import machine, versions
 from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.cli.plots import PlotsConfig, plots_command
 from stable_lora_jax.cli.train import TrainConfig, train_command
@@ -71,7 +69,7 @@ def main(config: DemoConfig) -> None:
         results[method] = evaluate(model, examples, progress=True).summary() | {"train_seconds": round(seconds, 1)}
     results["stopped"] = stopped(config.out / "stable-lora")
     results["minutes"] = round((time.perf_counter() - began) / 60, 1)
-    results["machine"] = machine()
+    results["machine"] = machine() | versions("jax", "flax", "optax", "stable-lora-jax")
     plots_command(PlotsConfig(runs=tuple(config.out / method for method in METHODS), out=config.out))
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (config.out / "report.md").write_text(report(results))
@@ -95,12 +93,6 @@ def stopped(run: Path) -> dict[str, dict[str, int | None]]:
             "last": last,
         }
     return table
-
-
-def machine() -> dict[str, str | int | None]:
-    """Returns what the numbers were made on."""
-    versions = {name: version(name) for name in ("jax", "flax", "optax", "stable-lora-jax")}
-    return {"python": platform.python_version(), "cores": os.cpu_count(), "architecture": platform.machine()} | versions
 
 
 def report(results: dict) -> str:

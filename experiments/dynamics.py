@@ -83,8 +83,7 @@ def report(results: Path) -> str:
     if not drawn:
         return ""
     draw(drawn, results / "dynamics.png")
-    text = f"{tables.markdown(header, rows)}\n\n![norms and terms over the steps](dynamics.png)\n\n"
-    return text + tables.failures(records)
+    return f"{tables.markdown(header, rows)}\n\n![norms and terms](dynamics.png)\n\n{tables.failures(records)}"
 
 
 def draw(records: list[Record], path: Path) -> None:

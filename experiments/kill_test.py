@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.bench_train import machine, versions
+from experiments.provenance import machine, versions
 
 
 @dataclass(frozen=True, kw_only=True)

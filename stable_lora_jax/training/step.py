@@ -133,7 +133,8 @@ def compile_step(
 ) -> Step:
     """Returns the jitted `train_step`: state donated, batch split over the mesh, frozen weights by the table of rules.
 
-    It compiles once per batch shape.
+    It compiles once per batch shape, if state, weights and batches are already laid on the mesh (`jax.device_put` with
+    `replicated(mesh)`, `place(mesh, frozen)` and `batch_sharding(mesh)`); else once more, for the first step.
 
     Raises:
       ValueError: the mesh does not divide a parameter.

@@ -1,0 +1,47 @@
+"""What made a number: machine, versions, commit."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """Returns the processor, its number of cores and its architecture."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
+    return {"cpu": cpu, "cores": os.cpu_count(), "architecture": platform.machine()}
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Returns the versions of Python and of those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """Returns what made a line: commit (with + if the code was changed since), versions, machine."""
+    code = ("stable_lora_jax", "experiments/*.py")
+    commit = _git("rev-parse", "--short=10", "HEAD")
+    changed = "+" if commit and _git("status", "--porcelain", "--", *code) else ""
+    import jax
+
+    device = {"device": jax.devices()[0].device_kind, "system": platform.system()}
+    return {
+        "commit": commit + changed,
+        "versions": versions("jax", "flax", "optax", "numpy"),
+        "machine": machine() | device,
+    }
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parent.parent  # a Ray task may run in any directory
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
