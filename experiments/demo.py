@@ -95,14 +95,19 @@ def stopped(run: Path) -> dict[str, dict[str, int | None]]:
     return table
 
 
+def table(results: dict) -> str:
+    """Returns the table of scores, Markdown."""
+    lines = ["| | accuracy, summed | accuracy, per token | nats a token of the right answer | training seconds |"]
+    lines.append("|---|---|---|---|---|")
+    for name in ("before", *METHODS):
+        scores = results[name]
+        shown = [f"{scores['accuracy_sum']:.1%}", f"{scores['accuracy_token']:.1%}", f"{scores['nll_token']:.3f}"]
+        lines.append(f"| {' | '.join([name, *shown, str(scores.get('train_seconds', ''))])} |")
+    return "\n".join(lines)
+
+
 def report(results: dict) -> str:
     """Returns the one-page report, Markdown."""
-    rows = [
-        f"| {name} | {r['accuracy_sum']:.1%} | {r['accuracy_token']:.1%} | {r['nll_token']:.3f} | {seconds} |"
-        for name in ("before", *METHODS)
-        for r in [results[name]]
-        for seconds in [r.get("train_seconds", "")]
-    ]
     when = ("first", "median", "last")
     stops = [
         f"| {pair} | {r['stable']} of {r['matrices']} | " + " | ".join(str(r[k] or "-") for k in when) + " |"
@@ -117,9 +122,7 @@ def report(results: dict) -> str:
             "points are noise. LoRA r = 8 on q and v, s = 2, λ = 0.005, learning rate 5e-4, batch 8, bfloat16 base, "
             "float32 adapters.",
             "",
-            "| | accuracy, summed | accuracy, per token | nats a token of the right answer | training seconds |",
-            "|---|---|---|---|---|",
-            *rows,
+            table(results),
             "",
             "Steps at which Stable-LoRA stopped shrinking A (one matrix a layer):",
             "",

@@ -1,16 +1,31 @@
-"""Makes every table and figure again from the raw lines: experiments/results/*.md and *.png, and the README's section.
+"""Makes every table and figure again from what was measured: experiments/results/*.md and *.png, the README's tables.
 
 Command:   make results            (or python -m experiments.make_results)
 Hardware:  any. Minutes: 0.2.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from experiments import ablation, bench_sweep, cot, dynamics, overhead, qa, targets, width_scaling, width_transformers
+from experiments import (
+    ablation,
+    bench_optimizers,
+    bench_sweep,
+    bench_train,
+    cot,
+    demo,
+    dynamics,
+    overhead,
+    qa,
+    quantize,
+    targets,
+    width_scaling,
+    width_transformers,
+)
 
 EXPERIMENTS = {
     "qa": qa,
@@ -23,7 +38,13 @@ EXPERIMENTS = {
     "width_transformers": width_transformers,
 }
 PAGES = EXPERIMENTS | {"bench_sweep": bench_sweep}  # measured by `make bench-sweep`
-BEGIN, END = "<!-- results: made by `make results`, do not edit -->", "<!-- end of results -->"
+# README block -> (what makes its table, the file it is made from)
+TABLES = {
+    "demo": (demo.table, "demo/results.json"),
+    "bench_train": (bench_train.table, "bench_train.json"),
+    "bench_optimizers": (bench_optimizers.short_table, "bench_optimizers.json"),
+    "quantize": (quantize.table, "quantize.json"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +54,7 @@ class ResultsConfig:
     results: Path = Path("experiments/results")
     """Folder of the lines."""
     readme: Path = Path("README.md")
-    """Gets the tables of `shown` between its two markers."""
+    """Gets tables between its markers."""
     shown: tuple[str, ...] = ("qa",)
     """Experiments whose tables the README shows; it links to the others."""
 
@@ -49,6 +70,20 @@ def page(name: str, text: str) -> str:
     record = (PAGES[name].__doc__ or "").strip()
     title, _, rest = record.partition("\n")
     return f"# {title}\n\n```\n{rest.strip()}\n```\n\n{text.strip()}\n"
+
+
+def readme(text: str, made: dict[str, str], results: Path, shown: tuple[str, ...]) -> str:
+    """Returns the README with its tables made again."""
+    blocks = {name: make(json.loads((results / file).read_text())) for name, (make, file) in TABLES.items()}
+    blocks |= {"plan": (results / "plan" / "table.md").read_text(), "results": section(made, results, shown)}
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}: made by `make results`, do not edit -->", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        if not after:
+            raise ValueError(f"The README lacks the lines {begin!r} and {end!r}. Put them where the table belongs.")
+        text = f"{before}{begin}\n{block.strip()}\n{end}{after}"
+    return text
 
 
 def section(made: dict[str, str], results: Path, shown: tuple[str, ...]) -> str:
@@ -67,11 +102,7 @@ def main(config: ResultsConfig) -> None:
     made = sections(config.results)
     for name, text in made.items():
         (config.results / f"{name}.md").write_text(page(name, text))
-    before, _, rest = config.readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        raise ValueError(f"{config.readme} lacks the lines {BEGIN!r} and {END!r}. Put them where the section belongs.")
-    config.readme.write_text(f"{before}{BEGIN}\n{section(made, config.results, config.shown)}\n{END}{after}")
+    config.readme.write_text(readme(config.readme.read_text(), made, config.results, config.shown))
     print(f"Made {', '.join(made)}.")
 
 
