@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from stable_lora_jax.optim.pairs import Pair
 
@@ -34,11 +34,14 @@ _SMALL = 16
 def alike(pairs: Sequence[Pair], leaves: Sequence[Array]) -> list[list[Pair]]:
     """Returns the pairs in groups that have the same rank, fan-in, fan-out and dtypes.
 
+    The order is that of the pairs' names, in the groups and of the groups, so that what is kept of a group from step to
+    step meets the same pairs however the tree is wrapped.
+
     Raises:
       ValueError: a pair of square matrices, where the rank axis cannot be told.
     """
     groups: dict[Any, list[Pair]] = {}
-    for pair in pairs:
+    for pair in sorted(pairs, key=lambda pair: pair.name):
         if pair.rank_axes is None:
             raise ValueError(
                 f"The rank axis of the pair '{pair.name}' cannot be told: A and B are square and of the same size. "
@@ -75,6 +78,25 @@ def put_back(
             replaced[index] = jnp.transpose(moved, [order.index(i) for i in range(leaf.ndim)]).astype(leaf.dtype)
             start = stop
     return replaced
+
+
+def num_matrices(group: Sequence[Pair], leaves: Sequence[Array]) -> int:
+    """Returns k, the number of matrices of a group."""
+    return sum(_sizes(leaves[pair.a], pair, 0)[0] for pair in group)
+
+
+def by_pair(
+    groups: Sequence[Sequence[Pair]], values: Sequence[Array], leaves: Sequence[Array]
+) -> dict[str, Shaped[Array, "k *_"]]:
+    """Returns pair name -> its part of what is given group by group, with a first axis that counts matrices."""
+    parts = {}
+    for group, value in zip(groups, values, strict=True):
+        start = 0
+        for pair in group:
+            stop = start + num_matrices([pair], leaves)
+            parts[pair.name] = value[start:stop]
+            start = stop
+    return parts
 
 
 def gram(x: Float[Array, "k r rows"], y: Float[Array, "k r rows"]) -> Float[Array, "k r r"]:

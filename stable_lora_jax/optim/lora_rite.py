@@ -42,9 +42,11 @@ from jaxtyping import Array, Float, Float32, Int32
 from stable_lora_jax.optim.hyperparameters import Number, check_adam, check_range
 from stable_lora_jax.optim.linalg import (
     alike,
+    by_pair,
     factors,
     gram,
     in_one_call,
+    num_matrices,
     orthonormalizers,
     product,
     put_back,
@@ -53,7 +55,6 @@ from stable_lora_jax.optim.linalg import (
 )
 from stable_lora_jax.optim.pairs import (
     Labels,
-    Pair,
     PyTree,
     StackAxes,
     find_pairs,
@@ -63,7 +64,11 @@ from stable_lora_jax.optim.pairs import (
 
 
 class FactorState(NamedTuple):
-    """State of one factor, k matrices of it: its basis Uᵀ, both moments Mᵀ and V, ρ, and how often it was skipped."""
+    """State of one factor, k matrices of it: its basis Uᵀ, both moments Mᵀ and V, ρ, and how often it was skipped.
+
+    The matrices are those of all pairs of one kind (see `linalg.alike`): to take a state of every pair apart and put it
+    together again would take longer than the step.
+    """
 
     basis: Float[Array, "k r rows"]
     first: Float[Array, "k r rows"]
@@ -73,11 +78,11 @@ class FactorState(NamedTuple):
 
 
 class LoraRiteState(NamedTuple):
-    """State of LoRA-RITE: the step count, both factors of each pair by name, the last global clip factor in (0, 1]."""
+    """State of LoRA-RITE: the step count, both factors of each kind of pair, the last global clip factor in (0, 1]."""
 
     step: Int32[Array, ""]
-    a: dict[str, FactorState]
-    b: dict[str, FactorState]
+    a: tuple[FactorState, ...]
+    b: tuple[FactorState, ...]
     clip_factor: Float32[Array, ""]
 
 
@@ -197,8 +202,8 @@ def scale_by_lora_rite(
 
     def init(params: PyTree) -> LoraRiteState:
         leaves = jax.tree.leaves(params, is_leaf=is_none)
-        pairs = [[pair] for group in alike(find_pairs(params, labels, stack_axes), leaves) for pair in group]
-        a, b = ({p.name: _start(x) for (p,), x in zip(pairs, side, strict=True)} for side in factors(pairs, leaves))
+        groups = alike(find_pairs(params, labels, stack_axes), leaves)
+        a, b = (tuple(_start(x) for x in side) for side in factors(groups, leaves))
         return LoraRiteState(jnp.zeros((), jnp.int32), a, b, jnp.ones((), jnp.float32))
 
     def update(
@@ -215,7 +220,7 @@ def scale_by_lora_rite(
         groups = alike(find_pairs(params, labels, stack_axes), values)
         a, b = factors(groups, values)
         grad_a, grad_b = factors(groups, leaves)
-        old = [_joined(group, side) for side in (state.a, state.b) for group in groups]
+        old = [*state.a, *state.b]
         step = state.step + 1
 
         def of_other_factor(values: list[Array]) -> list[Array]:
@@ -245,18 +250,25 @@ def scale_by_lora_rite(
         ]
         moves = [times(_cap(m, update_capping), transpose(t)) for m, t in zip(firsts, maps, strict=True)]
         skipped = [each.skipped + ~keep for each, keep in zip(old, kept, strict=True)]
-        new = [FactorState(*each) for each in zip(bases, firsts, seconds, escapes, skipped, strict=True)]
-        sides = _split(groups, new[: len(groups)], state.a), _split(groups, new[len(groups) :], state.b)
+        new = tuple(FactorState(*each) for each in zip(bases, firsts, seconds, escapes, skipped, strict=True))
+        sides = new[: len(groups)], new[len(groups) :]
         return jax.tree.unflatten(treedef, put_back(groups, moves, leaves)), LoraRiteState(step, *sides, clip_factor)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def lora_rite_report(opt_state: PyTree) -> LoraRiteReport:
+def lora_rite_report(
+    params: PyTree, opt_state: PyTree, *, labels: Labels = None, stack_axes: StackAxes = "infer"
+) -> LoraRiteReport:
     """Returns what LoRA-RITE kept from moving so far, wherever its state stands in an optimizer state. Jittable.
 
+    Args:
+      params: the parameters that LoRA-RITE was given; where it was given a part of them, as by `optax.masked`, that.
+      opt_state: the optimizer state.
+      labels, stack_axes: as given to the transformation.
+
     Raises:
-      ValueError: no `LoraRiteState`, or several, inside `opt_state`.
+      ValueError: no `LoraRiteState`, or several, inside `opt_state`; one that belongs to other parameters.
     """
     states = find_states(opt_state, LoraRiteState)
     if len(states) != 1:
@@ -265,8 +277,17 @@ def lora_rite_report(opt_state: PyTree) -> LoraRiteReport:
             "state of a transformation built with lora_rite; for a flax.nnx.Optimizer pass optimizer.opt_state."
         )
     (state,) = states
-    skipped = ({name: jax.tree.leaves(f.skipped)[0] for name, f in side.items()} for side in (state.a, state.b))
-    return LoraRiteReport(jax.tree.leaves(state.clip_factor)[0], *skipped)
+    leaves = jax.tree.leaves(params, is_leaf=is_none)
+    groups = alike(find_pairs(params, labels, stack_axes), leaves)
+    skipped_a, skipped_b = ([jax.tree.leaves(each.skipped)[0] for each in side] for side in (state.a, state.b))
+    held, counted = [num_matrices(group, leaves) for group in groups], [len(each) for each in skipped_a]
+    if held != counted:
+        raise ValueError(
+            f"opt_state belongs to other parameters: it counts {counted} matrices of each kind, params hold {held}. "
+            "Pass the parameters, labels and stack_axes that LoRA-RITE was given."
+        )
+    clip_factor = jax.tree.leaves(state.clip_factor)[0]
+    return LoraRiteReport(clip_factor, by_pair(groups, skipped_a, leaves), by_pair(groups, skipped_b, leaves))
 
 
 def _start(x: Float[Array, "k r rows"]) -> FactorState:
@@ -275,23 +296,6 @@ def _start(x: Float[Array, "k r rows"]) -> FactorState:
     return FactorState(
         jnp.zeros_like(x), jnp.zeros_like(x), zeros, jnp.zeros(count, x.dtype), jnp.zeros(count, jnp.int32)
     )
-
-
-def _joined(group: list[Pair], side: dict[str, FactorState]) -> FactorState:
-    """Returns the states of a group's pairs as one."""
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(side[pair.name] for pair in group))
-
-
-def _split(groups: list[list[Pair]], joined: list[FactorState], like: dict[str, FactorState]) -> dict[str, FactorState]:
-    """Returns the state of every pair from those of the groups; `like` tells how many matrices each pair has."""
-    parts: dict[str, FactorState] = {}
-    for group, state in zip(groups, joined, strict=True):
-        start = 0
-        for pair in group:
-            stop = start + len(like[pair.name].skipped)
-            parts[pair.name] = jax.tree.map(lambda x, span=slice(start, stop): x[span], state)
-            start = stop
-    return parts
 
 
 def _debiased(beta: Number, step: Array) -> Array:

@@ -237,7 +237,8 @@ class _Record:
             norms[name] |= terms._asdict()
         self._write(step=int(state.step), norms=norms)
         if find_states(state.opt_state, LoraRiteState):
-            self._write(step=int(state.step), lora_rite=jax.device_get(lora_rite_report(state.opt_state))._asdict())
+            rite = jax.device_get(lora_rite_report(state.adapters, state.opt_state, stack_axes=STACK_AXES))
+            self._write(step=int(state.step), lora_rite=rite._asdict())
 
     def _flags(self, step: int, metrics: StepMetrics) -> tuple[int, int]:
         """Writes which matrices became stable in this step; returns how many there are and how many are stable."""

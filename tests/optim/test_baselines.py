@@ -200,6 +200,23 @@ def test_a_singular_gram_matrix_gives_no_nan(ordering):
     assert params["lora_b"].any()
 
 
+def test_rite_reports_pairs_of_several_kinds_by_name():
+    # One pair's gradient is large enough to be skipped; kinds and names are in different orders in the tree.
+    shapes = {"b": (12, 6), "a": (20, 6), "c": (12, 6)}
+    rng = np.random.default_rng(8)
+    params = {
+        name: {"lora_a": jnp.asarray(rng.normal(size=(n, 3))), "lora_b": jnp.asarray(rng.normal(size=(3, m)))}
+        for name, (n, m) in shapes.items()
+    }
+    grads = jax.tree.map(jnp.ones_like, params)
+    grads["c"] = jax.tree.map(lambda g: 1e6 * g, grads["c"])
+    tx = lora_rite(1e-3, update_skipping=100.0)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    report = lora_rite_report(params, state)
+    skipped = {name: int(count[0]) for name, count in report.skipped_a.items()}
+    assert skipped == {"a/lora": 0, "b/lora": 0, "c/lora": 1}
+
+
 def test_rite_counts_what_it_skips_and_how_much_it_clips():
     rng = np.random.default_rng(6)
     params = {"lora_a": jnp.asarray(rng.normal(size=(2, 12, 3))), "lora_b": jnp.asarray(rng.normal(size=(2, 3, 6)))}
@@ -210,7 +227,7 @@ def test_rite_counts_what_it_skips_and_how_much_it_clips():
     update = jax.jit(tx.update)
     for _ in range(3):
         updates, state = update(grads, state, params)
-    report = jax.jit(lora_rite_report)(state)
+    report = jax.jit(lora_rite_report)(params, state)
     np.testing.assert_array_equal(report.skipped_a["lora"], [0, 3])
     np.testing.assert_array_equal(report.skipped_b["lora"], [0, 3])
     assert 0 < report.clip_factor < 1
@@ -232,7 +249,7 @@ def test_a_skipped_factor_harms_nothing_however_large_its_gradient(value):
         assert updates["lora_a"][1].any() != large
         params = optax.apply_updates(params, updates)
         assert all(jnp.isfinite(leaf).all() for leaf in params.values())
-    np.testing.assert_array_equal(lora_rite_report(state).skipped_a["lora"], [0, 1])
+    np.testing.assert_array_equal(lora_rite_report(params, state).skipped_a["lora"], [0, 1])
 
 
 def test_rite_trains_where_the_batch_is_smaller_than_the_rank():
@@ -318,8 +335,15 @@ def test_balance_ends_at_equal_norms_and_keeps_the_product():
         (lambda: lora_rite(1e-3, clip=-1.0), "clip=-1.0 is not in [0, inf). 0 switches it off."),
         (lambda: lora_rite(1e-3, max_step_a=-1.0), "max_step_a=-1.0 is not in [0, inf)"),
         (
-            lambda: lora_rite_report(optax.adamw(1e-3).init({"lora_a": jnp.ones((4, 2))})),
+            lambda: lora_rite_report({}, optax.adamw(1e-3).init({"lora_a": jnp.ones((4, 2))})),
             "holds 0 LoraRiteState instead of one",
+        ),
+        (
+            lambda: lora_rite_report(
+                {"lora_a": jnp.ones((2, 8, 4)), "lora_b": jnp.ones((2, 4, 6))},
+                lora_rite(1e-3).init({"lora_a": jnp.ones((8, 4)), "lora_b": jnp.ones((4, 6))}),
+            ),
+            "opt_state belongs to other parameters: it counts [1] matrices of each kind, params hold [2].",
         ),
         (
             lambda: lora_rite(1e-3).init({"lora_a": jnp.ones((4, 4)), "lora_b": jnp.ones((4, 4))}),

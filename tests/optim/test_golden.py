@@ -103,7 +103,7 @@ def replay(case, trace, dtype):
         if case["method"] == "stable_lora":
             decided.append([not bool(state[0].stable[f"{name}/lora"]) for name in names])
         if case["method"] == "rite":
-            report = lora_rite_report(state)
+            report = lora_rite_report(params, state)
             skipped = [[int(side[f"{name}/lora"][0]) for side in report[1:]] for name in names]
             decided.append((np.array(skipped), float(report.clip_factor)))
     return names, history, decided

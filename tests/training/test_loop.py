@@ -90,7 +90,8 @@ def test_resumed_equals_uninterrupted(tmp_path, method, dropout):
     rite = {line["step"]: line["lora_rite"] for line in lines_without_speed(whole) if "lora_rite" in line}
     if method == "lora-rite":
         pairs = sorted(f"layers/self_attn/{name}/lora" for name in ("q_proj", "v_proj"))
-        report = lora_rite_report(saved_state(whole, method).opt_state)
+        saved = saved_state(whole, method)
+        report = lora_rite_report(saved.adapters, saved.opt_state)
         assert sorted(rite) == list(range(7))
         assert sorted(rite[6]["skipped_a"]) == sorted(rite[6]["skipped_b"]) == pairs
         assert rite[6]["clip_factor"] == pytest.approx(float(report.clip_factor), rel=1e-6)
