@@ -165,10 +165,13 @@ class Checkpoints:
         except Exception as error:
             self._failed = True
             whole = newest_step(self._directory)
+            # The only wait of a save is for the other processes; a disk that is full or read-only fails at once.
+            lost = isinstance(error, TimeoutError)
+            advice = "Start all processes again" if lost else "Make room there, or make it writable,"
             raise CheckpointError(
                 f"A checkpoint could not be written to {self._directory} ({_first_line(error)}). "
                 + ("None was whole before. " if whole is None else f"That of step {whole} is whole. ")
-                + "Make room there, or make it writable, and go on from it (--resume)."
+                + f"{advice} and go on from it (--resume)."
             ) from error
 
 
