@@ -5,7 +5,7 @@ Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW + the shrink, batch 8, row
            does the shrink cost?
 Command:   make bench           (or python -m experiments.bench_train --torch-python PATH; without it, no PEFT)
 Hardware:  2 CPU cores with nothing else running. Minutes: about 20.
-Expected:  no slower than the bare step (+- 5 %), which is what the matrix products allow. In float32 most of the
+Expected:  no slower than the bare step (+- 5 %); 1.6 to 2.4 times the matrix products' floor. In float32 most of the
            difference from torch is that of the matrix libraries: compare the two floors.
 
 Every contender runs in a process of its own; rounds alternate between them, so that a drifting machine hits all alike.
@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from experiments.provenance import machine
+from experiments.provenance import commit, machine
 
 BATCH, ANSWER, VOCABULARY = 8, 8, 49152
 FROZEN_LAYER_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
@@ -70,7 +70,7 @@ def main(config: BenchConfig) -> None:
                     turns[name].append(turn(config, name, length, dtype))
                     print(f"{dtype} {length} round {number + 1} {name}: {turns[name][-1]['seconds']}", flush=True)
             cells.append({"dtype": dtype, "length": length} | {name: summary(each) for name, each in turns.items()})
-    result = {"command": "make bench", "machine": machine(), "cells": cells}
+    result = {"command": "make bench", "commit": commit(), "machine": machine(), "cells": cells}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
@@ -89,7 +89,8 @@ def turn(config: BenchConfig, name: str, length: int, dtype: str) -> dict[str, A
 def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns medians over all turns."""
     seconds = [second for each in turns for second in each["seconds"]]
-    merged = {"median_seconds": round(statistics.median(seconds), 4), "min_seconds": round(min(seconds), 4)}
+    merged = {"median_seconds": round(statistics.median(seconds), 4)}
+    merged |= {"min_seconds": round(min(seconds), 4), "max_seconds": round(max(seconds), 4)}
     merged["steps"] = len(seconds)
     for key in turns[0].keys() - {"seconds", "versions"}:
         merged[key] = statistics.median(each[key] for each in turns)

@@ -55,7 +55,8 @@ class Options:
     runs: Path = Path("runs/cells")
     """Folder of the run directories."""
     together: int = 1
-    """Train up to this many cells in one program, where they differ in numbers and seed alone; pays on accelerators."""
+    """Train up to this many cells in one program, where they differ in numbers and seed alone. It keeps no checkpoints:
+    what is killed starts again."""
     part: str = "1/1"
     """Which part of the cells to run, as 3/8; the lines then go to NAME.3of8.jsonl. For arrays of jobs."""
     ray: int = 0

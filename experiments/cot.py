@@ -95,16 +95,14 @@ def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
 
 
 def report(results: Path) -> str:
-    """Returns the table."""
-    records = read_lines("cot", results)
-    groups = tables.grouped(records, lambda r: (r["train"]["model"], r["steps"], r["train"]["method"]))
-    header = ("model", "steps", "method", "seeds", "exact match, %", "best of 3", *tables.COMPARED, "stable")
-    rows = []
-    for key, each in groups.items():
-        accuracy = tables.percent(tables.of_seeds(each, "accuracy_token"))
-        compared = tables.compared(each, groups.get((*key[:2], "adamw"), each))
-        rows.append([*key, len(each), accuracy, tables.best_of_three(each), *compared, tables.stable_share(each)])
-    return f"{tables.markdown(header, rows)}\n\n" if rows else ""
+    """Returns the tables, one a setting."""
+    records, text = read_lines("cot", results), ""
+    for each in tables.grouped(records, lambda record: tables.setting(record, "method", "lam", "steps")).values():
+        groups = tables.grouped(each, lambda record: (record["steps"], record["train"]["method"]))
+        rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
+        text += f"**{each[0]['train']['model']}**, exact match\n\n"
+        text += f"{tables.markdown(('steps', 'method', *tables.SCORES), rows)}\n\n"
+    return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 
 def main(config: CotConfig) -> None:

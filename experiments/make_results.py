@@ -20,6 +20,7 @@ from experiments import (
     demo,
     dynamics,
     overhead,
+    plan_tables,
     qa,
     quantize,
     targets,
@@ -75,7 +76,7 @@ def page(name: str, text: str) -> str:
 def readme(text: str, made: dict[str, str], results: Path, shown: tuple[str, ...]) -> str:
     """Returns the README with its tables made again."""
     blocks = {name: make(json.loads((results / file).read_text())) for name, (make, file) in TABLES.items()}
-    blocks |= {"plan": (results / "plan" / "table.md").read_text(), "results": section(made, results, shown)}
+    blocks |= {"plan": plan_tables.table(results / "plan"), "results": section(made, results, shown)}
     for name, block in blocks.items():
         begin, end = f"<!-- {name}: made by `make results`, do not edit -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
@@ -102,6 +103,8 @@ def main(config: ResultsConfig) -> None:
     made = sections(config.results)
     for name, text in made.items():
         (config.results / f"{name}.md").write_text(page(name, text))
+    report = config.results / "demo" / "report.md"
+    report.write_text(demo.report(json.loads(report.with_name("results.json").read_text())))
     config.readme.write_text(readme(config.readme.read_text(), made, config.results, config.shown))
     print(f"Made {', '.join(made)}.")
 

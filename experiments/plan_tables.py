@@ -37,7 +37,6 @@ class PlanTablesConfig:
 def main(config: PlanTablesConfig) -> None:
     jax.config.update("jax_platforms", "cpu")  # only compiled for: no TPU is looked for
     config.out.mkdir(parents=True, exist_ok=True)
-    records = []
     for model in MODELS:
         for name, sizes in SLICES.items():
             topology, start = parse_topology(name), time.perf_counter()
@@ -50,16 +49,21 @@ def main(config: PlanTablesConfig) -> None:
             )
             plan = plan_step(workload, topology, sizes, use_compiler=True)
             seconds = round(time.perf_counter() - start, 1)
-            records.append({"command": "make plan", "model": model, "planning_seconds": seconds, **plan.to_json()})
-            file = config.out / f"{model}-{name.replace(':', '-')}.json"
-            file.write_text(json.dumps(records[-1], indent=1) + "\n")
+            record = {"command": "make plan", "model": model, "planning_seconds": seconds, **plan.to_json()}
+            file = config.out / file_name(model, name)
+            file.write_text(json.dumps(record, indent=1) + "\n")
             print(f"{file}: {seconds} s", flush=True)
-    (config.out / "table.md").write_text(table(records))
-    print(table(records))
+    print(table(config.out))
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Returns a Markdown table of the plans."""
+def file_name(model: str, slice_name: str) -> str:
+    return f"{model}-{slice_name.replace(':', '-')}.json"
+
+
+def table(folder: Path) -> str:
+    """Returns a Markdown table of the plans in a folder."""
+    files = [folder / file_name(model, name) for model in MODELS for name in SLICES]
+    records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
     lines = [
         "| model | slice | mesh | rows | memory a chip, GiB | TFLOP a chip | links, GiB a chip | binds | step, s "
         "| tokens a second |",

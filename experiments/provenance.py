@@ -10,7 +10,9 @@ from typing import Any
 
 def machine() -> dict[str, Any]:
     """Returns the processor, its number of cores and its architecture."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    listed = Path("/proc/cpuinfo")  # of Linux
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    names = [line for line in lines if line.startswith("model name")]
     cpu = names[0].partition(":")[2].strip() if names else platform.processor()
     return {"cpu": cpu, "cores": os.cpu_count(), "architecture": platform.machine()}
 
@@ -28,20 +30,25 @@ def versions(*names: str) -> dict[str, str]:
 
 def provenance() -> dict[str, Any]:
     """Returns what made a line: commit (with + if the code was changed since), versions, machine."""
-    code = ("stable_lora_jax", "experiments/*.py")
-    commit = _git("rev-parse", "--short=10", "HEAD")
-    changed = "+" if commit and _git("status", "--porcelain", "--", *code) else ""
     import jax
 
     device = {"device": jax.devices()[0].device_kind, "system": platform.system()}
     return {
-        "commit": commit + changed,
+        "commit": commit(),
         "versions": versions("jax", "flax", "optax", "numpy"),
         "machine": machine() | device,
     }
 
 
+def commit() -> str:
+    """Returns the checkout's commit, with + if the code was changed since; nothing without git."""
+    head = _git("rev-parse", "--short=10", "HEAD")
+    return head + ("+" if head and _git("status", "--porcelain", "--", "stable_lora_jax", "experiments/*.py") else "")
+
+
 def _git(*arguments: str) -> str:
     root = Path(__file__).parent.parent  # a Ray task may run in any directory
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    try:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

@@ -2,13 +2,16 @@
 
 Question:  on a fixed budget of steps, which method makes SmolLM2-135M choose more right answers, and is the difference
            more than chance? Learning rate η, scale s and λ are searched on 400 questions kept out of training; what is
-           reported is trained on all training questions and scored on the validation split.
+           reported is trained on all training questions and scored on the validation split. (9 of ARC-Easy's training
+           questions and 45 of OpenBookQA's have the text of one in validation or test, for all methods alike.)
 Command:   python -m experiments.qa        (--tasks arc_easy openbookqa; --together 8 on an accelerator; --help)
 Hardware:  2 CPU cores, 6 GB. Minutes: about 3 a cell; 36 + 25 cells a task, so about 3 hours a task.
-Expected:  67 +- 2 % per token on ARC-Easy for AdamW. The paper finds Stable-LoRA 0.6 to 2.1 points above AdamW, on
-           larger models, longer runs, best of 3 seeds; in runs this short it has been up to 2 points below.
+Expected:  65 +- 2 % per token on ARC-Easy for AdamW. The paper finds Stable-LoRA 0.6 to 2.1 points above AdamW, on
+           larger models, longer runs, best of 3 seeds.
 
-Stable-LoRA's search has twice the cells of the others', because it has one number more.
+The search is one seed on 400 questions, whose standard error is 2.3 points, so what it chooses is partly chance, and no
+interval of the table covers that. Stable-LoRA's has twice the cells of the others', because it has one number more. 68
+steps end before any matrix is stable: at λ = 0.005, A has lost 29 % by then, and the stop rule has not acted.
 """
 
 import itertools
@@ -67,36 +70,30 @@ def reported_cells(config: QaConfig, task: str, method: str, searched: Sequence[
 
 
 def report(results: Path) -> str:
-    """Returns the tables, one a task."""
+    """Returns the tables, one a task and setting."""
+    varied = ("method", *NUMBERS)
     records = read_lines("qa", results)
-    searched = tables.grouped(read_lines("qa_search", results), lambda r: (tables.task_of(r), r["train"]["method"]))
-    header = ("method", "η, s, λ", "searched", "seeds", "accuracy, %", "best of 3", "nats a token")
-    header += (*tables.COMPARED, "stable")
+    # A search differs from what it is made for in the questions that it leaves out and is scored on.
+    searches = tables.grouped(read_lines("qa_search", results), lambda r: (_searched(r, *varied), r["train"]["method"]))
     text = ""
-    for task, of_task in tables.grouped(records, tables.task_of).items():
+    for of_task in tables.grouped(records, lambda record: tables.setting(record, *varied)).values():
         methods = tables.grouped(of_task, lambda record: record["train"]["method"])
-        rows = []
+        scores, rows = tables.scored(methods, lambda method: "adamw"), []
         for method, each in methods.items():
-            train = each[-1]["train"]
-            rows.append(
-                [
-                    method,
-                    f"{train['learning_rate']:g}, {train['alpha'] / train['rank']:g}, {train['lam'] or '-'}",
-                    len(searched.get((task, method), [])),
-                    len(tables.by_seed(each)),
-                    tables.percent(tables.of_seeds(each, "accuracy_token")),
-                    tables.best_of_three(each),
-                    tables.number(tables.of_seeds(each, "nll_token"), 3),
-                    *tables.compared(each, methods.get("adamw", each)),
-                    tables.stable_share(each),
-                ]
-            )
-        last = of_task[-1]
-        text += f"**{task}**, {last['questions']} questions ({Path(last['score_on']).name}), {last['steps']} steps of "
-        text += (
-            f"{last['train']['batch_size']}, {Path(last['train']['model']).name}\n\n{tables.markdown(header, rows)}\n\n"
-        )
-    return text + tables.failures(records)
+            train, search = each[0]["train"], searches.get((_searched(each[0], *varied), method), [])
+            found = sorted((100 * record["accuracy_token"] for record in search), reverse=True)
+            numbers = f"{train['learning_rate']:g}, {train['alpha'] / train['rank']:g}, {train['lam'] or '-'}"
+            told = f"{found[0]:.1f}, {found[1]:.1f} … {found[-1]:.1f} of {len(found)}" if len(found) > 1 else "-"
+            rows.append([method, numbers, told, *scores[method]])
+        one = of_task[0]
+        text += f"**{tables.task_of(one)}**, {one['questions']} questions ({Path(one['score_on']).name}), "
+        text += f"{one['steps']} steps of {one['train']['batch_size']}, {Path(one['train']['model']).name}\n\n"
+        text += f"{tables.markdown(('method', 'η, s, λ', 'in the search, %', *tables.SCORES), rows)}\n\n"
+    return text + tables.failures(records) + (tables.LEGEND if text else "")
+
+
+def _searched(record: Record, *varied: str) -> str:
+    return tables.setting(record, *varied, "holdout", "score_on")
 
 
 def main(config: QaConfig) -> None:

@@ -19,7 +19,7 @@ import jax
 import tyro
 from flax import nnx
 
-from experiments.provenance import machine, versions
+from experiments.provenance import commit, machine, versions
 from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.cli.train import TrainConfig, load_base, train_command
 from stable_lora_jax.data import Encoded, encode_all, load_task, load_tokenizer
@@ -56,6 +56,7 @@ def main(config: QuantizeConfig) -> None:
         print(json.dumps({name: rows[name]}), flush=True)
     minutes = round((time.perf_counter() - began) / 60, 1)
     result = {"command": "make quantize", "minutes": minutes, "steps": config.steps, "rows": rows}
+    result["commit"] = commit()
     result["machine"] = machine() | versions("jax", "flax", "optax", "stable-lora-jax")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -28,4 +28,7 @@ def test_the_readme_programs_run(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the notebook client's own dependencies
 def test_every_notebook_runs(path):
-    NotebookClient(nbformat.read(path, as_version=4), timeout=120).execute()
+    # Where Jupyter starts it: beside the file.
+    NotebookClient(
+        nbformat.read(path, as_version=4), timeout=120, resources={"metadata": {"path": path.parent}}
+    ).execute()

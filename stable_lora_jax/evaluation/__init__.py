@@ -11,8 +11,10 @@ from stable_lora_jax.evaluation.statistics import (
     Estimate,
     SignTest,
     expected_best,
+    holm,
     mean_interval,
     paired_bootstrap,
+    paired_p_value,
     sign_test,
 )
 
@@ -25,8 +27,10 @@ __all__ = [
     "exact_match",
     "expected_best",
     "final_number",
+    "holm",
     "mean_interval",
     "paired_bootstrap",
+    "paired_p_value",
     "sign_test",
     "target_log_likelihoods",
 ]

@@ -1,9 +1,10 @@
 """Means with intervals, and paired comparisons: what a table of several seeds and questions may say.
 
-Two sources of chance are kept apart. Seeds: `mean_interval` of one accuracy a seed says how far another seed may be.
-Questions: `paired_bootstrap` and `sign_test` keep the trained models as they are and ask whether other questions of the
-same kind would rank them alike. Two methods answer the same questions, so both compare them question by question, which
-takes out that some questions are harder than others.
+Two sources of chance are kept apart. Seeds: `mean_interval` of one accuracy a seed says how far another seed may be,
+and `paired_p_value` whether others would rank two methods alike. Questions: `paired_bootstrap` and `sign_test` keep the
+trained models as they are and ask whether other questions of the same kind would rank them alike. Two methods answer
+the same questions, so both compare them question by question, which takes out that some questions are harder than
+others.
 """
 
 import math
@@ -53,6 +54,41 @@ def mean_interval(values: Numbers, level: float = 0.95) -> Estimate:
         return Estimate(mean, -math.inf, math.inf)
     margin = float(stats.t.ppf((1 + level) / 2, count - 1) * numbers.std(ddof=1) / math.sqrt(count))
     return Estimate(mean, mean - margin, mean + margin)
+
+
+def paired_p_value(differences: Numbers) -> float:
+    """Returns the two-sided p value of a paired t test of "no difference"; NaN where the differences have no spread.
+
+    Args:
+      differences: at least one, e.g. of two methods' accuracies with the same seed.
+
+    Raises:
+      ValueError: no difference.
+    """
+    numbers = _some(differences)
+    if np.ptp(numbers) == 0:
+        return math.nan
+    t = numbers.mean() / (numbers.std(ddof=1) / math.sqrt(len(numbers)))
+    return float(2 * stats.t.sf(abs(t), len(numbers) - 1))
+
+
+def holm(p_values: Numbers) -> list[float]:
+    """Returns p values that are corrected for how many there are, by Holm's method; NaN stays and does not count.
+
+    Args:
+      p_values: in [0, 1] or NaN.
+
+    Example:
+      >>> holm([0.04, 0.01, 0.3])
+      [0.08, 0.03, 0.3]
+    """
+    numbers = np.asarray(p_values, float)
+    order = [int(i) for i in np.argsort(numbers) if not np.isnan(numbers[i])]
+    adjusted, largest = numbers.copy(), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, float(numbers[index]) * (len(order) - rank)))
+        adjusted[index] = largest
+    return adjusted.tolist()
 
 
 def expected_best(values: Numbers, k: int) -> float:

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stable_lora_jax.evaluation import expected_best, mean_interval, paired_bootstrap, sign_test
+from stable_lora_jax.evaluation import (
+    expected_best,
+    holm,
+    mean_interval,
+    paired_bootstrap,
+    paired_p_value,
+    sign_test,
+)
 
 
 def test_the_mean_interval_is_that_of_the_t_test():
@@ -79,3 +86,18 @@ def test_pairing_takes_out_how_hard_questions_are():
 def test_errors(call, told):
     with pytest.raises(ValueError, match=told):
         call()
+
+
+def test_the_paired_p_value_is_that_of_scipy():
+    first, second = np.random.default_rng(4).normal(size=(2, 5))
+    expected = np.asarray(stats.ttest_rel(first, second))[1]
+    assert paired_p_value(first - second) == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(paired_p_value([1.0]))
+    assert math.isnan(paired_p_value([2.0, 2.0]))
+
+
+def test_holm_by_hand():
+    # Sorted: 0.01 * 4, 0.02 * 3, then 0.03 * 2 and 0.9 * 1; never below the one before, never above 1.
+    np.testing.assert_allclose(holm([0.03, 0.01, math.nan, 0.9, 0.02]), [0.06, 0.04, math.nan, 0.9, 0.06])
+    assert holm([0.7, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
