@@ -170,7 +170,7 @@ class Judge:
 def start(run_dir: Path, steps: int, keep: int = 2) -> BaseProcess:
     """Starts, or goes on with, a training in a process of its own, which finds its imports done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.bench_train", "grain", "stable_lora_jax.training"])
+    context.set_forkserver_preload(["grain", "stable_lora_jax.training"])
     # The compiler optimises little, and what it made is found again: starts are what takes the time here.
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
