@@ -1,6 +1,5 @@
 """Formats, and that tokenizing prefix and branches apart equals tokenizing the joined text."""
 
-
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
