@@ -60,7 +60,7 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,torch]'
 	touch $@
 
-# Tunix pins an older safetensors than ours, and asks for much that its trainer never imports: so it is laid, with the few
+# Tunix pins an older safetensors than constraints.txt, and asks for much that its trainer never imports: so it is laid, with the few
 # packages it does import, over the newest environment, without its pins.
 $(TUNIX)/installed: $(NEWEST)/installed Makefile
 	$(NEWEST)/bin/python -m venv $(TUNIX)
