@@ -358,9 +358,18 @@ def test_balance_ends_at_equal_norms_and_keeps_the_product():
             ),
             "opt_state belongs to other parameters: it counts [1] matrices of each kind, params hold [2].",
         ),
+        *(
+            (
+                lambda tx=tx: tx.init({"lora_a": jnp.ones((4, 4)), "lora_b": jnp.ones((4, 4))}),
+                "The rank axis of the pair 'lora' cannot be told: A and B are square",
+            )
+            for tx in (lora_rite(1e-3), scale_by_riemannian(), riemannian_adamw(1e-3))
+        ),
         (
-            lambda: lora_rite(1e-3).init({"lora_a": jnp.ones((4, 4)), "lora_b": jnp.ones((4, 4))}),
-            "The rank axis of the pair 'lora' cannot be told: A and B are square",
+            lambda: optax.inject_hyperparams(lora_rite)(1e-3).init(
+                {"lora_a": jnp.ones((4, 2), jnp.bfloat16), "lora_b": jnp.ones((2, 4), jnp.bfloat16)}
+            ),
+            "b2=1.0 is not in [0, 1). It is the decay rate of a moment, e.g. 0.9 or 0.999. If optax.inject_hyperparams",
         ),
     ],
 )
