@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
 
 from stable_lora_jax.cli import main
 from stable_lora_jax.cli.export import vllm_notes
@@ -200,6 +201,15 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match=r"holds .* already"):
         export(tmp_path, adapted())
     assert directory.is_dir()
+
+
+def test_a_merged_export_has_the_tokens_of_its_tokenizer(tmp_path):
+    base = tiny.save_with_tokenizer(tmp_path / "base")
+    model = inject_lora(load_model(base), 2, 4.0, "qv", rngs=nnx.Rngs(1))
+    save_adapter(tmp_path / "adapter.safetensors", model, str(base))
+    assert main(["export", str(tmp_path), str(tmp_path / "merged"), "--format", "merged"]) == 0
+    config, tokenizer = AutoConfig.from_pretrained(tmp_path / "merged"), load_tokenizer(base)
+    assert (config.bos_token_id, config.eos_token_id) == (None, 256) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 @pytest.fixture(scope="module")
