@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -41,9 +41,10 @@ def export_command(config: ExportConfig) -> None:
     file = config.run / "adapter.safetensors" if config.run.is_dir() else config.run
     spec = read_adapter_spec(file)
     if config.format == "merged":
+        tokenizer: Any = load_tokenizer(spec.base)
         model = merge_lora(load_with_adapter(spec.base, file, config.dtype))
-        save_huggingface(config.out, model)
-        load_tokenizer(spec.base).save_pretrained(config.out)
+        save_huggingface(config.out, model, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id)
+        tokenizer.save_pretrained(config.out)
         print(f"{config.out}: {spec.base} with the adapter folded in")
         return
     model = load_with_adapter(spec.base, file)

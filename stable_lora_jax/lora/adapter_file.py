@@ -41,6 +41,8 @@ def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
       ValueError: no adapters, or adapters of different rank or alpha.
     """
     modules = lora_modules(model)
+    if not modules:
+        raise ValueError("The model has no LoRA adapters. Call inject_lora(model, ...) first.")
     kinds = {(module.rank, float(module.alpha), module.use_rslora) for module in modules.values()}
     if len(kinds) != 1:
         raise ValueError(
@@ -100,13 +102,15 @@ def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
     Args:
       path: an adapter file.
       model: a model into which adapters were injected; only their values change.
-      base: name of the base model that `model` is.
+      base: name of the base model that `model` is; a slash at its end does not matter.
 
     Raises:
       ValueError: another base, rank, alpha, rslora or targets (each named with both values), or other shapes; the
         model is then unchanged.
     """
-    saved, wanted = asdict(read_adapter_spec(path)), asdict(adapter_spec(model, base))
+    saved, wanted = (
+        asdict(spec) | {"base": spec.base.rstrip("/")} for spec in (read_adapter_spec(path), adapter_spec(model, base))
+    )
     if differing := [field for field in saved if saved[field] != wanted[field]]:
         what = "; ".join(f"{field}: file {saved[field]!r}, model {wanted[field]!r}" for field in differing)
         raise ValueError(

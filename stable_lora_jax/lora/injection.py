@@ -1,10 +1,10 @@
 """Puts LoRA adapters into any Flax NNX model, and folds them back into its weights."""
 
-import math
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
@@ -13,6 +13,10 @@ from jax.typing import DTypeLike
 from stable_lora_jax.lora.linear import A_INIT, B_INIT, LoRALinear
 
 Model = TypeVar("Model", bound=nnx.Module)
+Kind = TypeVar("Kind", bound=nnx.Module)
+Path: TypeAlias = tuple[Any, ...]
+
+_CONTAINERS = (nnx.List, nnx.Dict, list, tuple, dict)
 
 # The paper's names for the modules of a Llama or Qwen2 layer.
 TARGETS = {
@@ -44,14 +48,15 @@ def inject_lora(
       model: holds the Linear layers to adapt, at any depth.
       rank: r >= 1.
       alpha: the scale is s = alpha / rank; > 0.
-      targets: "qv", "qkvo" or "qkvogud"; a list of module names or dotted path endings; or a regular expression that
-        must match a whole dotted path, e.g. ``r"layers\.mlp\..*"``.
+      targets: "qv", "qkvo" or "qkvogud"; a list of dotted paths, each of which is a whole path or else the ending of
+        any number of paths; or a regular expression that must match a whole dotted path, e.g. ``r"layers\.mlp\..*"``.
       rngs: random streams for the adapters.
       dtype, use_rslora, dropout, a_init, b_init: as in `LoRALinear`.
 
     Raises:
       ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed); rank, alpha or
-        dropout out of range; the model has adapters already; it is a Linear layer itself, or has one under two names.
+        dropout out of range; the model has adapters already; it is a Linear layer itself, or has one under two names
+        or in a tuple. The model is then unchanged.
 
     Example:
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
@@ -59,16 +64,16 @@ def inject_lora(
       >>> model.layers[0].lora_a.shape, model.layers[0].lora_b.shape
       ((8, 2), (2, 16))
     """
-    _check_ranges(rank, alpha, dropout)
     if present := lora_modules(model):
         raise ValueError(
-            f"The model has LoRA adapters already, at {_listed(present)}. Adapters are not stacked on adapters: call "
+            f"The model has LoRA adapters already, at {listed(present)}. Adapters are not stacked on adapters: call "
             "merge_lora(model) first, or start from the base model."
         )
-    chosen = _matching(linear_modules(model), targets)
-    _check_one_name(model, chosen)
-    for path, linear in chosen.items():
-        adapted = LoRALinear(
+    chosen = _matching(modules_at(model, nnx.Linear), targets)
+    _check_one_name(model, chosen.values())
+    places = [place(model, path) for path in chosen]
+    adapted = [
+        LoRALinear(
             *(linear, rank, alpha),
             rngs=rngs,
             dtype=dtype,
@@ -77,7 +82,10 @@ def inject_lora(
             a_init=a_init,
             b_init=b_init,
         )
-        replace_module(model, path, adapted)
+        for linear in chosen.values()
+    ]
+    for put, module in zip(places, adapted, strict=True):
+        put(module)
     return model
 
 
@@ -87,67 +95,84 @@ def merge_lora(model: Model) -> Model:
     The product is formed in float32 (or wider) and rounded once to the kernel's dtype.
 
     Raises:
-      ValueError: the model has no adapters, or a quantized base, which would round their part away.
+      ValueError: the model has no adapters, a quantized base, which would round their part away, or is itself a
+        `LoRALinear`. The model is then unchanged.
     """
-    modules = lora_modules(model)
+    modules = modules_at(model, LoRALinear)
     if not modules:
         raise ValueError("The model has no LoRA adapters to merge. Call inject_lora(model, ...) or load some first.")
-    if quantized := [path for path, module in modules.items() if _is_quantized(module.base)]:
+    if quantized := [dotted(path) for path, module in modules.items() if _is_quantized(module.base)]:
         raise ValueError(
-            f"The base is quantized at {_listed(quantized)}. Rounding the sum again would lose the adapters: load the "
+            f"The base is quantized at {listed(quantized)}. Rounding the sum again would lose the adapters: load the "
             "base without quantizing it, load the adapters onto that, and merge there."
         )
-    for path, module in modules.items():
+    places = [place(model, path) for path in modules]
+    for put, module in zip(places, modules.values(), strict=True):
         kernel, a, b = module.base.kernel, module.lora_a[...], module.lora_b[...]
         wide = jnp.promote_types(jnp.promote_types(kernel.dtype, a.dtype), jnp.float32)
         delta = jnp.matmul(a.astype(wide), b.astype(wide), precision="highest")
         kernel[...] = (kernel[...].astype(wide) + module.scale * delta).astype(kernel.dtype)
-        replace_module(model, path, module.base)
+        put(module.base)
     return model
 
 
 def lora_modules(model: nnx.Module) -> dict[str, LoRALinear]:
     """Returns dotted path -> adapted layer, in a fixed order."""
-    return {_dotted(path): module for path, module in nnx.iter_modules(model) if isinstance(module, LoRALinear)}
+    return {dotted(path): module for path, module in modules_at(model, LoRALinear).items()}
 
 
 def linear_modules(model: nnx.Module) -> dict[str, nnx.Linear]:
     """Returns dotted path -> Linear layer, in a fixed order."""
-    modules = nnx.iter_modules(model)
-    return {_dotted(path): module for path, module in modules if isinstance(module, nnx.Linear)}
+    return {dotted(path): module for path, module in modules_at(model, nnx.Linear).items()}
 
 
-def _dotted(path: Sequence[object]) -> str:
+def modules_at(model: nnx.Module, kind: type[Kind]) -> dict[Path, Kind]:
+    """Returns path -> module of a kind, in a fixed order. The parts of a path may be numbers, or hold dots."""
+    return {tuple(path): module for path, module in nnx.iter_modules(model) if isinstance(module, kind)}
+
+
+def dotted(path: Iterable[object]) -> str:
+    """Returns a path as it is shown and matched."""
     return ".".join(map(str, path))
 
 
-def _matching(linears: dict[str, nnx.Linear], targets: str | Sequence[str]) -> dict[str, nnx.Linear]:
+def _ending(name: str) -> str:
+    return rf"(?:.*\.)?{re.escape(name)}"
+
+
+def _matching(linears: dict[Path, nnx.Linear], targets: str | Sequence[str]) -> dict[Path, nnx.Linear]:
     """Returns the layers that the targets name, each target matching at least one."""
-    if isinstance(targets, str) and targets not in TARGETS:
-        patterns = {targets: targets}
+    whole = {path: dotted(path) for path in linears}
+    if not isinstance(targets, str):
+        patterns = {name: re.escape(name) if name in whole.values() else _ending(name) for name in targets}
+    elif targets in TARGETS:
+        patterns = {name: _ending(name) for name in TARGETS[targets]}
     else:
-        named = TARGETS[targets] if isinstance(targets, str) else targets
-        patterns = {name: rf"(?:.*\.)?{re.escape(name)}" for name in named}
+        patterns = {targets: targets}
     try:
-        found = {name: [path for path in linears if re.fullmatch(pattern, path)] for name, pattern in patterns.items()}
+        found = {key: [at for at, name in whole.items() if re.fullmatch(each, name)] for key, each in patterns.items()}
     except re.error as error:
         raise ValueError(f"LoRA targets {targets!r} are no regular expression ({error}).") from error
     if missing := [name for name, paths in found.items() if not paths] or ([] if found else ["(no target)"]):
         raise ValueError(
-            f"LoRA targets {missing} match no Linear layer. The model's Linear layers are {_listed(linears)}. Targets "
-            f"are one of {list(TARGETS)}, a list of names or path endings, or a regular expression for whole paths."
+            f"LoRA targets {missing} match no Linear layer. The model's Linear layers are {listed(whole.values())}. "
+            f"Targets are one of {list(TARGETS)}, a list of paths or path endings, or a regular expression for whole "
+            "paths."
         )
     chosen = {path for paths in found.values() for path in paths}
     return {path: linear for path, linear in linears.items() if path in chosen}
 
 
-def _check_one_name(model: nnx.Module, chosen: dict[str, nnx.Linear]) -> None:
+def _check_one_name(model: nnx.Module, chosen: Iterable[nnx.Linear]) -> None:
     """Raises ValueError if one of these layers stands in several places: only one of them would be replaced."""
     names: dict[int, list[str]] = {}
     for path, module in nnx.iter_modules(model):
-        for key, child in nnx.iter_children(module):
-            names.setdefault(id(child), []).append(_dotted((*path, key)))
-    for linear in chosen.values():
+        # Not nnx.iter_children, which passes over lists, tuples and dicts of Python.
+        children = jax.tree_util.tree_leaves_with_path(vars(module), is_leaf=lambda x: isinstance(x, nnx.Module))
+        for keys, child in children:
+            below = jax.tree_util.keystr(keys, simple=True, separator=".")
+            names.setdefault(id(child), []).append(dotted((*path, below)))
+    for linear in chosen:
         if len(shared := names.get(id(linear), [])) > 1:
             raise ValueError(
                 f"{' and '.join(sorted(shared))} are one and the same Linear layer. An adapter would change only one "
@@ -159,42 +184,38 @@ def _is_quantized(linear: nnx.Linear) -> bool:
     return not jnp.issubdtype(linear.kernel.dtype, jnp.floating)
 
 
-def replace_module(model: nnx.Module, path: str, module: nnx.Module) -> None:
-    """Puts `module` where `path` leads.
+def place(model: nnx.Module, path: Path) -> Callable[[nnx.Module], None]:
+    """Returns a function that puts a module where `path` leads.
 
     Raises:
-      ValueError: an empty path, which is the model itself.
+      ValueError: an empty path, which is the model itself, or one into a tuple.
     """
     if not path:
         raise ValueError(
             f"The model is itself the {type(model).__name__} to change, which cannot be replaced in place. Wrap it: "
             "nnx.Sequential(model)."
         )
-    *parents, last = path.split(".")
-    node = model
+    *parents, last = path
+    node: Any = model
     for key in parents:
-        node = _child(node, key)
-    if isinstance(node, nnx.List):
-        node[int(last)] = module
-    else:
-        setattr(node, last, module)
-
-
-def _child(node: nnx.Module, key: str) -> nnx.Module:
-    return node[int(key)] if isinstance(node, nnx.List) else getattr(node, key)
-
-
-def _check_ranges(rank: int, alpha: float, dropout: float) -> None:
-    if rank < 1:
-        raise ValueError(f"rank={rank} is not a positive integer. LoRA ranks are 1 or more; 8 is a usual choice.")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha} is not a positive number. The adapter's scale is alpha / rank; 16 is usual.")
-    if not 0 <= dropout < 1:
+        node = node[key] if isinstance(node, _CONTAINERS) else getattr(node, key)
+    if isinstance(node, tuple):
         raise ValueError(
-            f"dropout={dropout} is not in [0, 1). It is the fraction of inputs dropped; 0 switches it off."
+            f"{dotted(path)} stands in a tuple, whose entries cannot be replaced. Keep these layers in an nnx.List."
         )
 
+    indexed = isinstance(node, _CONTAINERS)
 
-def _listed(paths: Sequence[str] | dict[str, nnx.Linear] | dict[str, LoRALinear], most: int = 40) -> str:
+    def put(module: nnx.Module) -> None:
+        if indexed:
+            node[last] = module
+        else:
+            setattr(node, last, module)
+
+    return put
+
+
+def listed(paths: Iterable[str], most: int = 40) -> str:
+    """Returns paths for a message, the first `most` of them."""
     shown = list(paths)
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "") or "none"

@@ -30,6 +30,9 @@ class LoRALinear(nnx.Module):
       dropout: fraction of the entries of x that the adapter does not see while training, in [0, 1).
       a_init: initializer of one A, shape (n, r).
       b_init: initializer of one B, shape (r, m).
+
+    Raises:
+      ValueError: rank, alpha or dropout out of range.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class LoRALinear(nnx.Module):
         a_init: Initializer = A_INIT,
         b_init: Initializer = B_INIT,
     ):
+        _check_ranges(rank, alpha, dropout)
         *stack, fan_in, fan_out = base.kernel.shape
         self.base = base
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
@@ -63,6 +67,17 @@ class LoRALinear(nnx.Module):
         x = x if self.dropout is None else self.dropout(x)
         down = x.astype(y.dtype) @ self.lora_a[...].astype(y.dtype)
         return y + (self.scale * down) @ self.lora_b[...].astype(y.dtype)
+
+
+def _check_ranges(rank: int, alpha: float, dropout: float) -> None:
+    if rank < 1:
+        raise ValueError(f"rank={rank} is not a positive integer. LoRA ranks are 1 or more; 8 is a usual choice.")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha} is not a positive number. The adapter's scale is alpha / rank; 16 is usual.")
+    if not 0 <= dropout < 1:
+        raise ValueError(
+            f"dropout={dropout} is not in [0, 1). It is the fraction of inputs dropped; 0 switches it off."
+        )
 
 
 def _stacked_init(init: Initializer, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

@@ -28,17 +28,26 @@ ModuleName: TypeAlias = Callable[[str, int | None], str]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# What PEFT can train and this library cannot hold, with the values that mean "not used".
+# What PEFT 0.21 can train and this library cannot hold, with the values that mean "not used". Of the initializations,
+# those not listed (pissa, olora, corda, loftq, lora_ga) change the base weight, to which A and B then belong.
 _UNUSED = {
+    "alora_invocation_tokens": (None,),
     "alpha_pattern": ({}, None),
+    "arrow_config": (None,),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    "kasa_config": (None,),
     "layer_replication": (None,),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
+    "monteclora_config": (None,),
     "rank_pattern": ({}, None),
+    "target_parameters": (None, []),
     "trainable_token_indices": (None,),
+    "use_bdlora": (None,),
     "use_dora": (False, None),
+    "use_qalora": (False, None),
 }
 
 
@@ -52,16 +61,17 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
       module_name: from a dotted path here, and the number of the layer or None, to the module's name in transformers.
 
     Raises:
-      ValueError: no adapters or adapters of several kinds.
+      ValueError: no adapters or adapters of several kinds, or one stacked over several axes.
       FileExistsError: the directory holds an adapter already.
     """
     directory = Path(directory)
     spec = adapter_spec(model, base)
+    modules = lora_modules(model).items()
+    matrices = [each for path, module in modules for each in _matrices(path, module, module_name)]
     tensors: dict[str, Any] = {}
-    for path, module in lora_modules(model).items():
-        for name, a, b in _matrices(path, module, module_name):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = jnp.asarray(a.T)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = jnp.asarray(b.T)
+    for name, a, b in matrices:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = jnp.asarray(a.T)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = jnp.asarray(b.T)
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -73,7 +83,7 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": spec.rank,
-        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in spec.targets}),
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name, _, _ in matrices}),
         "task_type": "CAUSAL_LM",
         "use_rslora": spec.use_rslora,
     }
@@ -106,9 +116,10 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
             f"{directory} is an adapter for {theirs}, not for {base}. Load it onto that model; if it is the same model "
             f"under another name, say so in base_model_name_or_path of {CONFIG}."
         )
-    linears = linear_modules(model)
+    # A file names one layer by its number; what is stacked over several axes has no names there.
+    linears = {path: linear for path, linear in linear_modules(model).items() if linear.kernel.ndim <= 3}
     slots = {path: [module_name(path, i) for i in _layers(linear)] for path, linear in linears.items()}
-    wanted = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    wanted = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] or key for key in tensors}
     targets = [path for path, names in slots.items() if wanted.issuperset(names)]
     known = {name for path in targets for name in slots[path]}
     if not tensors or wanted - known:
@@ -134,6 +145,11 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
 def _matrices(path: str, module: LoRALinear, module_name: ModuleName) -> list[tuple[str, Any, Any]]:
     """Returns (module name, A, B) of every matrix."""
     a, b = module.lora_a[...], module.lora_b[...]
+    if a.ndim > 3:
+        raise ValueError(
+            f"The adapter at {path} is stacked over several axes, A {a.shape} and B {b.shape}. A PEFT directory takes "
+            "matrices that stand alone or are stacked over one axis: leave it out of the targets, or use save_adapter."
+        )
     if a.ndim == 2:
         return [(module_name(path, None), a, b)]
     return [(module_name(path, i), a[i], b[i]) for i in range(a.shape[0])]

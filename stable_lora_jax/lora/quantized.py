@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from stable_lora_jax.lora.injection import linear_modules, replace_module
+from stable_lora_jax.lora.injection import dotted, listed, lora_modules, modules_at, place
 
 QUANTIZATIONS = ("int8", "nf4")
 _NF4_BLOCK = 64
@@ -69,7 +69,8 @@ def quantize_linears(model: Model, kind: str) -> Model:
       kind: "int8" or "nf4".
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: an unknown kind; the model has adapters, or quantized layers already; it is a Linear layer itself, or
+        has one in a tuple. The model is then unchanged.
 
     Example:
       >>> model = quantize_linears(nnx.Sequential(nnx.Linear(64, 16, rngs=nnx.Rngs(0))), "int8")
@@ -78,9 +79,20 @@ def quantize_linears(model: Model, kind: str) -> Model:
     """
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantize={kind!r} is unknown. Known: {', '.join(QUANTIZATIONS)}.")
-    for path, linear in linear_modules(model).items():
-        if path.rpartition(".")[2] != "lm_head":
-            replace_module(model, path, QuantizedLinear(linear, kind))
+    if present := lora_modules(model):
+        raise ValueError(
+            f"The model has LoRA adapters, at {listed(present)}. Quantize the base model, and inject or load the "
+            "adapters after that."
+        )
+    linears = {path: linear for path, linear in modules_at(model, nnx.Linear).items() if path[-1:] != ("lm_head",)}
+    if done := [dotted(path) for path, linear in linears.items() if isinstance(linear, QuantizedLinear)]:
+        raise ValueError(
+            f"The model is quantized already, at {listed(done)}. Quantizing rounded values again would lose the "
+            "weights: load the model without quantizing it, and quantize that."
+        )
+    places = {path: place(model, path) for path in linears}
+    for path, linear in linears.items():
+        places[path](QuantizedLinear(linear, kind))
     return model
 
 

@@ -116,7 +116,10 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """What `config_from_hf` reads: the config.json of a decoder, for transformers too."""
+    """What `config_from_hf` reads: the config.json of a decoder, for transformers too.
+
+    It names no start and end token, of which a decoder knows nothing; left out, transformers would take 1 and 2.
+    """
     architecture = _ARCHITECTURES[config.qkv_bias]
     raw = {
         "architectures": [architecture],
@@ -133,6 +136,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
     if (scaling := config.rope_scaling) is not None:
         raw["rope_scaling"] = {

@@ -45,14 +45,15 @@ def generate(
 
     Args:
         model: a decoder, with or without adapters.
-        prompts: token ids; lengths may differ, none may be empty.
+        prompts: token ids below the model's vocabulary size; lengths may differ, none may be empty.
         max_new_tokens: most tokens to add to each prompt.
         eos_id: the token that ends an answer; None never ends early.
         temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
         key: from `jax.random.key`; needed iff temperature > 0.
 
     Raises:
-        ValueError: an empty prompt, a length beyond the model's positions, a bad temperature or a missing key.
+        ValueError: an empty prompt, a token outside the vocabulary, a length beyond the model's positions, a bad
+            temperature or a missing key.
 
     Example:
         >>> from stable_lora_jax.models import generate, load_model
@@ -84,14 +85,19 @@ def stream(
     key = _checked_key(temperature, key)
     graph, params = nnx.split(model)
     slots, greedy = tokens.shape[1] + max_new_tokens, temperature == 0
-    state = _start(graph, params, tokens, lengths, key, temperature, slots=slots, greedy=greedy)
-    for step in range(max_new_tokens):
-        if step:
-            state = _advance(graph, params, state, temperature, greedy=greedy)
-        token = int(state.tokens[0])
-        if token == eos_id:
-            return
-        yield token
+
+    # A generator of its own, so that the errors above come with the call and not with the first token.
+    def answer() -> Iterator[int]:
+        state = _start(graph, params, tokens, lengths, key, temperature, slots=slots, greedy=greedy)
+        for step in range(max_new_tokens):
+            if step:
+                state = _advance(graph, params, state, temperature, greedy=greedy)
+            token = int(state.tokens[0])
+            if token == eos_id:
+                return
+            yield token
+
+    return answer()
 
 
 def _pad(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +107,12 @@ def _pad(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
         raise ValueError(
             f"generate: {len(prompts)} prompts with lengths {lengths.tolist()}; at least one prompt is needed and none "
             "may be empty; begin an empty prompt with the model's start token."
+        )
+    vocab_size = model.config.vocab_size
+    if unknown := sorted({token for prompt in prompts for token in prompt if not 0 <= token < vocab_size}):
+        raise ValueError(
+            f"generate: the prompts hold the tokens {unknown[:8]}; the model knows 0 to {vocab_size - 1}; encode the "
+            "prompts with the model's own tokenizer."
         )
     room = model.config.max_positions - int(lengths.max())
     if not 1 <= max_new_tokens <= room:

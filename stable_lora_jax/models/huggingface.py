@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -57,31 +59,48 @@ def open_huggingface(directory: Path) -> Checkpoint:
     )
 
 
-def save_huggingface(directory: Path, model: Decoder) -> None:
+def save_huggingface(
+    directory: str | Path, model: Decoder, *, bos_id: int | None = None, eos_id: int | None = None
+) -> None:
     """Writes config.json and model.safetensors, as transformers and `open_huggingface` load them.
 
     Tied embeddings stay tied: there is no lm_head tensor then.
 
     Args:
         directory: made if it is missing.
-        model: without adapters.
+        model: without adapters, not quantized.
+        bos_id: the tokenizer's start token, which transformers reads from config.json; None if there is none.
+        eos_id: its end token, where transformers stops generating.
 
     Raises:
+        ValueError: the model holds adapters or quantized weights; nothing is written.
         FileExistsError: the directory holds one of the two files.
     """
+    directory = Path(directory)
     files = directory / "config.json", directory / "model.safetensors"
     if present := [file.name for file in files if file.exists()]:
         raise FileExistsError(f"{directory} holds {' and '.join(present)} already; give a new directory.")
+    params = {".".join(map(str, keys)): param[...] for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    if foreign := [path for path, value in params.items() if not _is_weight(path, value)]:
+        raise ValueError(
+            f"The model holds {', '.join(foreign[:8])}{' and more' if len(foreign) > 8 else ''}; config.json can "
+            "describe only a plain model with floating weights; fold adapters in with merge_lora(model), and load the "
+            "model without quantizing it."
+        )
     tensors = {}
-    for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        path, value = ".".join(map(str, keys)), param[...]
+    for path, value in params.items():
         layers = enumerate(value) if path.startswith("layers.") else [(None, value)]
         for layer, matrix in layers:
             tensors[_tensor_name(path, layer)] = matrix.T if path.endswith(".kernel") else matrix
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, files[1], metadata={"format": "pt"})
     dtype = model.embed_tokens.embedding.dtype
-    files[0].write_text(json.dumps(config_to_hf(model.config) | {"dtype": str(dtype)}, indent=2) + "\n")
+    config = config_to_hf(model.config) | {"dtype": str(dtype), "bos_token_id": bos_id, "eos_token_id": eos_id}
+    files[0].write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _is_weight(path: str, value: jax.Array) -> bool:
+    return path.rpartition(".")[2] in _LEAVES and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def _tensor_name(path: str, layer: int | None) -> str:
@@ -117,7 +136,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / _INDEX).is_file():
-        names = sorted(set(read_json(directory / _INDEX)["weight_map"].values()))
+        shards = read_json(directory / _INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(
+                f"{directory / _INDEX} has no weight_map; it says which file holds which tensor; download or save it "
+                "again."
+            )
+        names = sorted(set(shards.values()))
     else:
         names = ["model.safetensors"]
     for name in names:

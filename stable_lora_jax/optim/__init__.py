@@ -1,4 +1,9 @@
-"""Optax transformations that know LoRA pairs. Everything here works on pytrees alone."""
+"""Optax transformations that know LoRA pairs. Everything here works on pytrees alone.
+
+Every number may come from `optax.inject_hyperparams`. It casts numbers to the parameters' dtype, in which 0.999 may be
+1 (bfloat16): give it ``hyperparam_dtype=jnp.float32``. It takes functions for schedules: if `labels` or `stack_axes` is
+one, give it ``static_args=("labels", "stack_axes")``.
+"""
 
 from stable_lora_jax.optim.lora_plus import lora_plus
 from stable_lora_jax.optim.lora_rite import (

@@ -8,6 +8,11 @@ from jaxtyping import Array
 
 Number: TypeAlias = float | Array
 
+_DECAY_RATE = (
+    "It is the decay rate of a moment, e.g. 0.9 or 0.999. If optax.inject_hyperparams has rounded it to the dtype of "
+    "the adapters, give it hyperparam_dtype=jnp.float32."
+)
+
 
 def check_range(name: str, value: Any, low: float, high: float, advice: str) -> None:
     """Raises a ValueError unless low <= value < high. A tracer, known at run time only, passes.
@@ -30,6 +35,6 @@ def check_range(name: str, value: Any, low: float, high: float, advice: str) -> 
 def check_adam(b1: Any, b2: Any, eps: Any, weight_decay: Any = 0.0) -> None:
     """Raises a ValueError unless these are numbers that AdamW can use."""
     for name, value in {"b1": b1, "b2": b2}.items():
-        check_range(name, value, 0, 1, "It is the decay rate of a moment, e.g. 0.9 or 0.999.")
+        check_range(name, value, 0, 1, _DECAY_RATE)
     check_range("eps", eps, 0, math.inf, "It keeps a division by a second moment of 0 finite, e.g. 1e-8.")
     check_range("weight_decay", weight_decay, 0, math.inf, "0 switches it off.")

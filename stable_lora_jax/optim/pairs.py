@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree: TypeAlias = Any
 Labels: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
@@ -85,7 +86,7 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
 
     Raises:
       ValueError: no adapter; an A without a B or a B without an A; ranks that disagree; a layout that can be read in
-        more than one way; an unknown label.
+        more than one way; an unknown label; `stack_axes` that are none of the above.
       TypeError: an adapter that is not of a floating dtype.
     """
     paths, _ = _paths(params)
@@ -223,6 +224,11 @@ def _stack_axes(name: str, a: tuple[int, ...], b: tuple[int, ...], stack_axes: S
     )
     readings = [axes for axes in subsets if _shares_rank(a, b, axes)]
     said = stack_axes(name) if callable(stack_axes) else stack_axes
+    if said not in ("infer", "leading") and not _are_axes(said):
+        raise ValueError(
+            f"stack_axes={said!r} is unknown (pair '{name}'). Give 'infer', 'leading', a tuple of axes such as (0,), "
+            "or a function from the pair's name to such a tuple."
+        )
     if not readings:
         raise ValueError(
             f"The ranks of the pair '{name}' disagree: A has shape {a}, B has shape {b}. Allowed are (n, r)/(r, m), "
@@ -244,6 +250,10 @@ def _stack_axes(name: str, a: tuple[int, ...], b: tuple[int, ...], stack_axes: S
             f"{' or '.join(map(str, readings))}."
         )
     return chosen
+
+
+def _are_axes(said: Any) -> bool:
+    return isinstance(said, tuple | list) and all(isinstance(axis, int | np.integer) for axis in said)
 
 
 def _rank_axes(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) -> tuple[int, int] | None:

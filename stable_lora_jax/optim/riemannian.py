@@ -57,7 +57,8 @@ def scale_by_riemannian(
       labels, stack_axes: which leaves are A and B, and which axes count matrices; see `find_pairs`.
 
     Raises:
-      ValueError: reg negative or not finite; in init, everything that `find_pairs` raises; in update, params missing.
+      ValueError: reg negative or not finite; in init, everything that `find_pairs` raises, and square pairs, whose rank
+        axis cannot be told; in update, params missing.
 
     Example:
       >>> params = {"lora_a": jnp.ones((64, 1)), "lora_b": 2 * jnp.ones((1, 16))}
@@ -72,7 +73,7 @@ def scale_by_riemannian(
     check_range("reg", reg, 0, math.inf, _REG)
 
     def init(params: PyTree) -> optax.EmptyState:
-        find_pairs(params, labels, stack_axes)
+        _groups(params, labels, stack_axes)
         return optax.EmptyState()
 
     def update(
@@ -127,7 +128,7 @@ def riemannian_adamw(
     sequential = ordering == "sequential"
 
     def init(params: PyTree) -> RiemannianState:
-        find_pairs(params, labels, stack_axes)
+        _groups(params, labels, stack_axes)
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params)
         return RiemannianState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
 
@@ -188,9 +189,12 @@ def _factors(
             "Riemannian preconditioning got params=None. It reads A and B to scale the gradients: call "
             "tx.update(grads, opt_state, params)."
         )
-    leaves = jax.tree.leaves(params, is_leaf=is_none)
-    groups = alike(find_pairs(params, labels, stack_axes), leaves)
-    return *factors(groups, leaves), groups
+    groups = _groups(params, labels, stack_axes)
+    return *factors(groups, jax.tree.leaves(params, is_leaf=is_none)), groups
+
+
+def _groups(params: PyTree, labels: Labels, stack_axes: StackAxes) -> list[list[Pair]]:
+    return alike(find_pairs(params, labels, stack_axes), jax.tree.leaves(params, is_leaf=is_none))
 
 
 def _wide(leaf: Array) -> jnp.dtype:

@@ -200,12 +200,13 @@ def stability(
     of a `flax.nnx.Optimizer`. The gap is infinite while B = 0, and 0 where A = 0.
 
     Args:
-      params: the parameters, or any tree that holds the pairs.
+      params: the parameters; pairs of other transformations, as beside those of a partition, are left out.
       opt_state: the optimizer state.
       labels, stack_axes: as given to the transformation.
 
     Raises:
-      ValueError: no `StableLoraState` inside `opt_state`, or two that hold the same pair.
+      ValueError: no `StableLoraState` inside `opt_state`, or two that hold the same pair, or one that holds pairs which
+        `params` lacks.
     """
     states = find_states(opt_state, StableLoraState)
     if not states:
@@ -221,9 +222,14 @@ def stability(
         )
     flags = {name: flag for state in states for name, flag in bare(state.stable).items()}
     pending = {name: factor for state in states for name, factor in bare(state.pending).items()}
-    leaves = jax.tree.leaves(params, is_leaf=is_none)
+    leaves, pairs = jax.tree.leaves(params, is_leaf=is_none), find_pairs(params, labels, stack_axes)
+    if missing := flags.keys() - (held := {pair.name for pair in pairs}):
+        raise ValueError(
+            f"opt_state belongs to other parameters: it has flags of the pairs {sorted(missing)}, params hold "
+            f"{sorted(held)}. Pass the tree that the transformation was initialized with, at the same level."
+        )
     report = {}
-    for pair in find_pairs(params, labels, stack_axes):
+    for pair in pairs:
         if pair.name in flags:
             norm_a, norm_b = _norms(leaves, pair, pending.get(pair.name))
             gap = jnp.where(norm_a == 0, 0, norm_a / (norm_b * pair.fan_ratio))

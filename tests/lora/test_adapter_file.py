@@ -7,7 +7,16 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from stable_lora_jax.lora import AdapterSpec, inject_lora, load_adapter, lora_modules, read_adapter_spec, save_adapter
+from stable_lora_jax.lora import (
+    AdapterSpec,
+    inject_lora,
+    inject_peft,
+    load_adapter,
+    lora_modules,
+    read_adapter_spec,
+    save_adapter,
+    save_peft,
+)
 from tests.lora.test_injection import decoder, randomized
 
 
@@ -36,7 +45,7 @@ def test_the_spec_says_how_to_make_room(tmp_path):
     assert spec == AdapterSpec(base="tiny", rank=3, alpha=5.0, use_rslora=True, targets=targets)
     again, _ = decoder()
     inject_lora(again, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(2), use_rslora=spec.use_rslora)
-    load_adapter(tmp_path / "a", again, spec.base)
+    load_adapter(tmp_path / "a", again, spec.base + "/")
 
 
 @pytest.mark.parametrize(
@@ -73,5 +82,27 @@ def test_files_that_are_no_adapters(tmp_path):
 
 def test_a_model_without_adapters_or_with_two_kinds_has_no_spec(tmp_path):
     model, _ = decoder()
-    with pytest.raises(ValueError, match="adapters of 0 kinds"):
+    with pytest.raises(ValueError, match=r"has no LoRA adapters\. Call inject_lora"):
         save_adapter(tmp_path / "a", model, "tiny")
+    model, _ = adapted()
+    lora_modules(model)["layers.self_attn.q_proj"].alpha = 8.0
+    with pytest.raises(ValueError, match=r"adapters of 2 kinds .*: \[\(2, 4\.0, False\), \(2, 8\.0, False\)\]"):
+        save_adapter(tmp_path / "a", model, "tiny")
+
+
+def test_a_layer_named_as_another_one_ends_is_told_apart(tmp_path):
+    def model():
+        return nnx.Dict(
+            dense=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), block=nnx.Dict(dense=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+        )
+
+    source = randomized(inject_lora(model(), 2, 4.0, r"dense", rngs=nnx.Rngs(1)))
+    save_adapter(tmp_path / "a", source, "mine")
+    again = inject_lora(model(), 2, 4.0, read_adapter_spec(tmp_path / "a").targets, rngs=nnx.Rngs(2))
+    assert list(lora_modules(again)) == ["dense"]
+    load_adapter(tmp_path / "a", again, "mine")
+    np.testing.assert_array_equal(again["dense"].lora_b[...], source["dense"].lora_b[...])
+    save_peft(tmp_path / "peft", source, "mine", lambda path, layer: path)
+    other = model()
+    assert inject_peft(tmp_path / "peft", other, "mine", lambda path, layer: path) == 1
+    assert list(lora_modules(other)) == ["dense"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stable_lora_jax.lora import inject_lora, lora_modules, merge_lora, quantize_linears
+from stable_lora_jax.lora import LoRALinear, inject_lora, lora_modules, merge_lora, quantize_linears
+from stable_lora_jax.lora.injection import linear_modules
 from stable_lora_jax.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -143,6 +144,52 @@ def test_errors(kwargs, message):
     assert not lora_modules(model)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"rank": 0}, "rank=0"), ({"alpha": 0.0}, "alpha=0.0 is not a positive"), ({"dropout": -0.1}, "dropout=-0.1")],
+)
+def test_one_layer_checks_its_numbers(kwargs, message):
+    linear = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        LoRALinear(linear, **{"rank": 2, "alpha": 4.0, "rngs": nnx.Rngs(1)} | kwargs)
+
+
+class Holder(nnx.Module):
+    def __init__(self, layers):
+        self.layers = layers
+
+
+def linear(seed=0):
+    return nnx.Linear(4, 4, rngs=nnx.Rngs(seed))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Holder(nnx.data([linear(0), [linear(1)]])),
+        lambda: Holder(nnx.data({"a.b": linear(0), "c": {"d": linear(1)}})),
+        lambda: Holder(nnx.List([linear(0), nnx.List([linear(1)])])),
+        lambda: Holder(nnx.Dict({"a.b": linear(0), "c": linear(1)})),
+    ],
+)
+def test_layers_in_lists_and_under_names_with_dots(make):
+    model = inject_lora(make(), 2, 4.0, r".*", rngs=nnx.Rngs(1))
+    assert len(lora_modules(model)) == 2
+    model = quantize_linears(merge_lora(model), "int8")
+    assert all(linear.kernel.dtype == jnp.int8 for linear in linear_modules(model).values())
+
+
+def test_a_layer_in_a_tuple_is_refused_and_nothing_is_changed():
+    for change in (
+        lambda model: inject_lora(model, 2, 4.0, r".*", rngs=nnx.Rngs(1)),
+        lambda model: quantize_linears(model, "int8"),
+    ):
+        model = nnx.Dict(first=linear(), rest=Holder(nnx.data((linear(),))))
+        with pytest.raises(ValueError, match=r"rest\.layers\.0 stands in a tuple.*nnx\.List"):
+            change(model)
+        assert type(model["first"]) is nnx.Linear
+
+
 def test_a_layer_that_is_the_model_is_refused():
     for change in (
         lambda model: inject_lora(model, 2, 4.0, r".*", rngs=nnx.Rngs(1)),
@@ -154,11 +201,12 @@ def test_a_layer_that_is_the_model_is_refused():
         assert "" not in vars(model)
 
 
-def test_a_layer_of_two_names_is_refused():
+@pytest.mark.parametrize("wrap", [nnx.List, nnx.data])
+def test_a_layer_of_two_names_is_refused(wrap):
     class Tied(nnx.Module):
         def __init__(self, rngs):
             self.first, self.free = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
-            self.rest = nnx.List([self.first])
+            self.rest = wrap([self.first])
 
     model = Tied(nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"first and rest\.0 are one and the same Linear.*nnx.clone"):

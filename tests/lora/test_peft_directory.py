@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
 
 from stable_lora_jax.cli import main
 from stable_lora_jax.cli.export import vllm_notes
@@ -105,6 +106,30 @@ def test_any_model_may_be_exported(tmp_path):
     }
 
 
+def test_targets_have_the_names_that_the_file_has(tmp_path):
+    model = inject_lora(nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))), 2, 4, ["0"], rngs=nnx.Rngs(1))
+    save_peft(tmp_path / "out", model, "mine", lambda path, layer: path.replace("layers.0", "model.first"))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["first"]
+
+
+def test_layers_stacked_over_two_axes_are_refused(tmp_path):
+    def stacked():
+        make = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))
+        both = nnx.split_rngs(splits=2)(nnx.vmap(nnx.split_rngs(splits=3)(make)))(nnx.Rngs(0))
+        return nnx.Dict(experts=both, out=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+
+    def name(path, layer):
+        return path if layer is None else f"{path}.{layer}"
+
+    model = inject_lora(stacked(), 2, 4, r".*", rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"experts is stacked over several axes, A \(2, 3, 4, 2\)"):
+        save_peft(tmp_path / "none", model, "mine", name)
+    assert not (tmp_path / "none").exists()
+    # Beside such layers, others come and go.
+    save_peft(tmp_path / "one", inject_lora(stacked(), 2, 4, ["out"], rngs=nnx.Rngs(1)), "mine", name)
+    assert inject_peft(tmp_path / "one", stacked(), "mine", name) == 1
+
+
 def change_config(directory, **values):
     file = directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -130,6 +155,13 @@ def change_tensors(directory, change):
         (lambda d: drop_from_config(d, "r", "lora_alpha"), "adapter_config.json lacks r and lora_alpha."),
         (lambda d: change_config(d, peft_type="LOHA"), "holds a LOHA adapter. Only LORA can be loaded."),
         (lambda d: change_config(d, use_dora=True), "uses use_dora=True. Only plain LoRA"),
+        *(
+            (lambda d, init=init: change_config(d, init_lora_weights=init), f"uses init_lora_weights='{init}'. Only")
+            for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+        ),
+        (lambda d: change_config(d, alora_invocation_tokens=[1, 2]), "uses alora_invocation_tokens=[1, 2]"),
+        (lambda d: change_config(d, use_qalora=True), "uses use_qalora=True"),
+        (lambda d: change_config(d, kasa_config={"beta": 1.0}), "uses kasa_config={'beta': 1.0}"),
         (lambda d: change_config(d, modules_to_save=["lm_head"]), "uses modules_to_save=['lm_head']"),
         (lambda d: change_config(d, rank_pattern={"q_proj": 4}), "uses rank_pattern={'q_proj': 4}"),
         (lambda d: change_config(d, base_model_name_or_path="other/Base"), "is an adapter for other/Base, not for"),
@@ -149,6 +181,10 @@ def change_tensors(directory, change):
             "lacks the tensor base_model.model.model.layers.1.mlp.up_proj.lora_B.weight",
         ),
         (lambda d: change_tensors(d, lambda t: {}), "adapts 0 modules"),
+        (
+            lambda d: change_tensors(d, lambda t: t | {"base_model.model.embed_tokens.weight": np.zeros((2, 2))}),
+            "the model has no match for base_model.model.embed_tokens.weight.",
+        ),
     ],
 )
 def test_errors_leave_the_model_as_it_was(tmp_path, damage, message):
@@ -165,6 +201,15 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match=r"holds .* already"):
         export(tmp_path, adapted())
     assert directory.is_dir()
+
+
+def test_a_merged_export_has_the_tokens_of_its_tokenizer(tmp_path):
+    base = tiny.save_with_tokenizer(tmp_path / "base")
+    model = inject_lora(load_model(base), 2, 4.0, "qv", rngs=nnx.Rngs(1))
+    save_adapter(tmp_path / "adapter.safetensors", model, str(base))
+    assert main(["export", str(tmp_path), str(tmp_path / "merged"), "--format", "merged"]) == 0
+    config, tokenizer = AutoConfig.from_pretrained(tmp_path / "merged"), load_tokenizer(base)
+    assert (config.bos_token_id, config.eos_token_id) == (None, 256) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 @pytest.fixture(scope="module")

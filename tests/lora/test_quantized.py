@@ -92,6 +92,20 @@ def test_merging_is_refused():
     assert len(lora_modules(model)) == 2
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match=r"quantize='int3' is unknown. Known: int8, nf4"):
-        quantize_linears(tiny.decoder(), "int3")
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda model: model, "int3", r"quantize='int3' is unknown. Known: int8, nf4"),
+        (lambda model: quantize_linears(model, "int8"), "int8", r"already, at layers\.mlp\.down_proj, .*without"),
+        (
+            lambda model: inject_lora(model, 2, 4.0, ["k_proj"], rngs=nnx.Rngs(0)), "nf4",
+            r"has LoRA adapters, at layers\.self_attn\.k_proj\. Quantize the base model",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_quantized_is_refused_and_left_alone(change, kind, message):
+    model = change(tiny.decoder())
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    with pytest.raises(ValueError, match=message):
+        quantize_linears(model, kind)
+    assert trees_equal(before, nnx.state(model))

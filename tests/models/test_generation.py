@@ -71,6 +71,7 @@ def test_adapters_generate_without_dropout_and_keep_their_mode():
     [
         ([], {}, "0 prompts"),
         ([[1], []], {}, r"lengths \[1, 0\].*none may be empty"),
+        ([[1, 61], [-1, 5]], {}, r"hold the tokens \[-1, 61\]; the model knows 0 to 60"),
         ([[1] * 60], {"max_new_tokens": 5}, "max_new_tokens=5 after a prompt of 60.*allow 1 to 4"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
@@ -80,3 +81,6 @@ def test_adapters_generate_without_dropout_and_keep_their_mode():
 def test_errors(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **{"max_new_tokens": 2, **options})
+    if len(prompts) == 1:
+        with pytest.raises(ValueError, match=message):
+            stream(model, prompts[0], **{"max_new_tokens": 2, **options})

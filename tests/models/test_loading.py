@@ -4,9 +4,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
+from transformers import AutoConfig
 
-from stable_lora_jax.models import load_model
+from stable_lora_jax.lora import inject_lora, quantize_linears
+from stable_lora_jax.models import load_model, save_huggingface
 from tests.models import tiny
 
 
@@ -37,6 +40,38 @@ def test_shards_are_joined(saved):
     (saved / "model-2-of-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model-2-of-2.safetensors"):
         load_model(saved)
+
+
+def test_an_index_without_a_map_is_refused(saved):
+    (saved / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json has no weight_map.*again"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qkv_bias": True}], ids=str)
+def test_what_is_saved_here_comes_back_and_names_its_tokens(tmp_path, changes):
+    model = tiny.decoder(**changes)
+    save_huggingface(str(tmp_path / "a"), model)
+    save_huggingface(tmp_path / "b", model, bos_id=3, eos_id=4)
+    np.testing.assert_array_equal(tiny.call(load_model(tmp_path / "a"), tiny.tokens()), tiny.call(model, tiny.tokens()))
+    configs = [AutoConfig.from_pretrained(tmp_path / name) for name in "ab"]
+    assert [(config.bos_token_id, config.eos_token_id) for config in configs] == [(None, None), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: quantize_linears(model, "int8"), r"holds layers\.mlp\.down_proj\.kernel.* without quantizing"),
+        (
+            lambda model: inject_lora(model, 2, 4.0, ["v_proj"], rngs=nnx.Rngs(0)),
+            r"holds layers\.self_attn\.v_proj\.lora_a, layers\.self_attn\.v_proj\.lora_b; .*merge_lora\(model\)",
+        ),
+    ],
+)
+def test_what_is_no_plain_model_is_not_saved(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        save_huggingface(tmp_path / "out", change(tiny.decoder()))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bfloat16_files_and_bfloat16_parameters(saved):

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stable_lora_jax import (
+    lora_labels,
     lora_plus,
     lora_rite,
     riemannian_adamw,
@@ -283,6 +284,16 @@ def test_every_number_may_be_injected(make):
     tx = make()
     updates, _ = jax.jit(tx.update)(jax.grad(loss)(params), tx.init(params), params)
     chex.assert_tree_all_finite(updates)
+
+
+def test_injected_numbers_may_stay_float32_and_labels_may_be_a_function():
+    params, loss = _problem("asymmetric")
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    inject = functools.partial(optax.inject_hyperparams, static_args=("labels", "stack_axes"))
+    tx = inject(riemannian_adamw, hyperparam_dtype=jnp.float32)(1e-2, labels=lora_labels, stack_axes=lambda name: ())
+    updates, state = jax.jit(tx.update)(jax.grad(loss)(params), tx.init(params), params)
+    chex.assert_tree_all_finite(updates)
+    assert state.hyperparams["b2"] == np.float32(0.999)
 
 
 @rows

@@ -135,6 +135,13 @@ def test_an_ambiguous_layout_must_be_said(a, b):
             {"q": {"lora_a": jnp.ones((3, 16, 4)), "lora_b": jnp.ones((3, 4, 8))}}, {"stack_axes": (1,)}, ValueError,
             r"stack_axes=\(1,\) does not fit the pair 'q/lora'.*possible are \(0,\)",
         ),
+        *(
+            (
+                {"q": {"lora_a": A, "lora_b": B}}, {"stack_axes": lambda name, axes=axes: axes}, ValueError,
+                rf"stack_axes={axes!r} is unknown \(pair 'q/lora'\). Give 'infer', 'leading', a tuple of axes such as",
+            )
+            for axes in (0, "trailing", "")
+        ),
         ({"q": {"lora_a": A.astype(int), "lora_b": B}}, {}, TypeError, r"'q/lora_a'.* is int32.*floating dtype"),
         ({"q": {"lora_a": "x", "lora_b": B}}, {}, TypeError, r"'q/lora_a'.* is a str"),
         ({"q": A}, {"labels": {"q": "A"}}, ValueError, r"labels holds \['A'\]. Each label must be one of 'lora_a'"),

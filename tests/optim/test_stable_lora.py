@@ -171,8 +171,8 @@ def test_what_is_pending_is_applied_when_a_pair_becomes_stable():
 
 
 class TestConventions:
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-    def test_jit_equals_eager_without_recompiling_and_keeps_dtypes(self, dtype):
+    def test_jit_equals_eager_without_recompiling_and_keeps_dtypes_in_bfloat16(self):
+        dtype = jnp.bfloat16
         tx = stable_lora(optax.adamw(1e-2), LAM)
         params = eager = tree(dtype=dtype)
         chex.clear_trace_counter()
@@ -349,3 +349,15 @@ def test_stability_without_a_state_or_with_two_is_refused():
         stability(params, optax.adamw(1.0).init(params))
     with pytest.raises(ValueError, match="A would shrink twice"):
         stability(params, optax.chain(shrink, shrink).init(params))
+
+
+def test_stability_of_other_parameters_is_refused():
+    params = tree()
+    state = stable_lora_shrink(LAM).init({"params": params})
+    message = (
+        r"flags of the pairs \['params/layers/v/lora', 'params/q/lora'\], params hold \['layers/v/lora', 'q/lora'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        stability(params, state)
+    with pytest.raises(ValueError, match=r"flags of the pairs \['layers/v/lora'\], params hold \['q/lora'\]"):
+        stability({"q": params["q"]}, stable_lora_shrink(LAM).init(params))
