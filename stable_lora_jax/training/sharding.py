@@ -28,7 +28,7 @@ _FROZEN_RULES = (
     (r".*\.(q|k|v|gate|up)_proj(\.base)?\.kernel", ("fsdp", "tensor")),
     (r".*\.(o|down)_proj(\.base)?\.kernel", ("tensor", "fsdp")),
     (r"embed_tokens\.embedding", ("tensor", "fsdp")),
-    (r"lm_head\.kernel", ("fsdp", "tensor")),
+    (r"lm_head(\.base)?\.kernel", ("fsdp", "tensor")),
     (r".*", ()),
 )
 
