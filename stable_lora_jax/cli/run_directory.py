@@ -130,7 +130,8 @@ def prepare_directory(
     directory.mkdir(parents=True, exist_ok=True)
     for path in list(directory.iterdir()):
         if path.name != _CONFIG and (overwrite or (auto_resume and path.name in _STARTED)):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            delete = shutil.rmtree if path.is_dir() and not path.is_symlink() else Path.unlink
+            delete(path)
     try:
         (directory / _CHECKPOINTS).mkdir()
     except FileExistsError:
