@@ -10,7 +10,9 @@ import tyro
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    0, 1 when another process was lost, 2 for a refused input, 128 + n when signal n stopped a training.
+    0; 1 for what the same command may get past (another process was lost, a checkpoint could not be written), and, with
+    a traceback, for errors of the runtime and of this program; 2 for what it will not (a refused input, a file that
+    cannot be read or written, a loss that is not finite); 128 + n when signal n stopped a training.
     """
     # Only its tokenizers are used; it would warn that PyTorch, which we do not need, is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -21,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from stable_lora_jax.cli.plots import PlotsConfig, plots_command
     from stable_lora_jax.cli.train import TrainConfig, train_command
     from stable_lora_jax.cli.watch import WatchConfig, watch_command
-    from stable_lora_jax.training import LostProcessError
+    from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError
 
     commands = {
         TrainConfig: ("train", train_command),
@@ -40,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
         )
         result = commands[type(config)][1](config)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, NonFiniteLossError, LostProcessError, CheckpointError) as error:
         print("\n".join([f"stable-lora: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr, flush=True)
         if isinstance(error, LostProcessError):
             sys.stdout.flush()
             os._exit(1)  # an orderly end would wait for the process that is lost
-        return 2
+        return 1 if isinstance(error, CheckpointError) else 2
     stopped_by = getattr(result, "stopped_by", None)
     return 128 + stopped_by if stopped_by else 0

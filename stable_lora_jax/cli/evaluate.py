@@ -4,15 +4,17 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 
-from stable_lora_jax.cli.train import DTYPES, known, known_data, load_base
-from stable_lora_jax.data import TASKS, Question, check_fits, encode_all, load_jsonl, load_task, load_tokenizer
+from stable_lora_jax.cli.train import DTYPES, TrainConfig, known, known_data, load_base
+from stable_lora_jax.data import PROMPT_FORMATS, TASKS, Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec
+from stable_lora_jax.lora.peft_directory import CONFIG as PEFT_CONFIG
 from stable_lora_jax.models import Decoder, huggingface_module
+from stable_lora_jax.models.huggingface import read_json
 
 # The names under which others know what an alias of ours stands for.
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -22,8 +24,9 @@ HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 class EvalConfig:
     """Score the choices of a task's questions and print accuracy and likelihood."""
 
-    model: str = "smollm2-135m"
-    """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file."""
+    model: str | None = None
+    """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file; the adapter's own if not given,
+    smollm2-135m without one."""
     adapter: Path | None = None
     """A run directory, a PEFT directory or an adapter file; the base model alone if not given."""
     data: str = "arc_easy"
@@ -32,19 +35,21 @@ class EvalConfig:
     """train, validation or test."""
     source: Literal["wheel", "hub"] = "wheel"
     """wheel or hub."""
-    prompt_format: str = "cloze"
-    """cloze or letter."""
+    prompt_format: str | None = None
+    """cloze or letter; as the run was trained if not given, cloze without one."""
     limit: int | None = None
     """Score only this many questions, spread evenly over the data."""
     dtype: str = "float32"
     """float32 or bfloat16."""
-    quantize: Literal["int8", "nf4"] | None = None
-    """int8 or nf4, as the adapter was trained; neither if not given."""
+    quantize: Literal["int8", "nf4", "none"] | None = None
+    """int8, nf4 or none; as the run was trained if not given, none without one."""
     output: Path | None = None
     """Write the figures to this JSON file too."""
 
     def __post_init__(self):
         known("dtype", self.dtype, tuple(DTYPES))
+        if self.prompt_format is not None:
+            known("prompt_format", self.prompt_format, PROMPT_FORMATS)
         known_data(self.data)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} is below 1. Leave it out to score every question.")
@@ -59,16 +64,52 @@ def eval_command(config: EvalConfig) -> Evaluation:
         raise ValueError(f"{config.data} holds completions; eval needs questions with choices and answer_index.")
     count = min(config.limit or len(questions), len(questions))
     questions = [questions[i * len(questions) // count] for i in range(count)]
-    examples = encode_all(load_tokenizer(config.model), questions, config.prompt_format)
+    base, quantize = base_of(config.model, config.adapter), quantization(config.quantize, config.adapter)
+    prompt_format = given_or_trained("prompt_format", config.prompt_format, config.adapter, "cloze")
+    examples = encode_all(load_tokenizer(base), questions, prompt_format)
     if config.output:
         config.output.open("a").close()  # a place that cannot be written shows before the work is done
-    model = load_with_adapter(config.model, config.adapter, config.dtype, config.quantize)
-    check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
+    model = load_with_adapter(base, config.adapter, config.dtype, quantize)
     scores = evaluate(model, examples, progress=True)
     print(json.dumps(scores.summary(), indent=2))
     if config.output:
         config.output.write_text(json.dumps(scores.summary(), indent=2) + "\n")
     return scores
+
+
+def base_of(given: str | None, adapter: Path | None) -> str:
+    """Returns the name of the base to load: as given, or the one that an adapter of ours names, or the default."""
+    if given or adapter is None or (adapter / PEFT_CONFIG).is_file():
+        return given or TrainConfig.model
+    return read_adapter_spec(adapter_file(adapter)).base
+
+
+def quantization(given: str | None, adapter: Path | None) -> str | None:
+    """Returns how to quantize the base: as given, or as the adapter's run did; None for not at all."""
+    chosen = given_or_trained("quantize", given, adapter, "none")
+    return None if chosen == "none" else chosen
+
+
+def given_or_trained(field: str, given: str | None, adapter: Path | None, default: str) -> str:
+    """Returns a field of the configuration as given, or as in an adapter's run, and tells if the two differ."""
+    run = trained_with(adapter)
+    trained = run.get(field) or default
+    if given is not None and run and given != trained:
+        print(f"{field}: {given} as given; {adapter} was trained with {trained}", file=sys.stderr)
+    return trained if given is None else given
+
+
+def trained_with(adapter: Path | None) -> dict[str, Any]:
+    """Returns the configuration of the run that an adapter lies in; nothing if it lies in none."""
+    if adapter is None:
+        return {}
+    file = adapter_file(adapter).with_name("config.json")
+    return read_json(file).get("config", {}) if file.is_file() else {}
+
+
+def adapter_file(adapter: Path) -> Path:
+    """Returns the file of an adapter that may be given as its run directory."""
+    return adapter / "adapter.safetensors" if adapter.is_dir() else adapter
 
 
 def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", quantize: str | None = None) -> Decoder:
@@ -81,13 +122,18 @@ def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", q
         raise ValueError(f"dtype={dtype!r} is unknown. Known: {', '.join(DTYPES)}.")
     if adapter is None:
         return load_base(name, dtype, quantize)
-    file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
-    if (adapter / "adapter_config.json").is_file():
+    file = adapter_file(adapter)
+    if (adapter / PEFT_CONFIG).is_file():
         model = load_base(name, dtype, quantize)
         count = inject_peft(adapter, model, HUB_NAMES.get(name, name), huggingface_module)
         print(f"{adapter}: filled {count} modules", file=sys.stderr)
         return model
     spec = read_adapter_spec(file)
+    if spec.base != name:
+        raise ValueError(
+            f"The adapter {file} does not belong to this model (base: file {spec.base!r}, model {name!r}). Load it "
+            "onto its own base."
+        )
     model = load_base(name, dtype, quantize)
     inject_lora(model, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(0), use_rslora=spec.use_rslora)
     load_adapter(file, model, name)

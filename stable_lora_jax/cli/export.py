@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from stable_lora_jax.cli.evaluate import HUB_NAMES, load_with_adapter
+from stable_lora_jax.cli.evaluate import HUB_NAMES, load_with_adapter, trained_with
 from stable_lora_jax.cli.train import known
 from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.lora import TARGETS, AdapterSpec, merge_lora, read_adapter_spec, save_peft
@@ -46,6 +46,10 @@ def export_command(config: ExportConfig) -> None:
         save_huggingface(config.out, model, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id)
         tokenizer.save_pretrained(config.out)
         print(f"{config.out}: {spec.base} with the adapter folded in")
+        if quantized := trained_with(file).get("quantize"):
+            print(
+                f"Note: it was trained on the base in {quantized}, and is folded into the base as it was before that."
+            )
         return
     model = load_with_adapter(spec.base, file)
     base = config.base or HUB_NAMES.get(spec.base, spec.base)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 
-from stable_lora_jax.cli.evaluate import load_with_adapter
+from stable_lora_jax.cli.evaluate import base_of, load_with_adapter, quantization
 from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.models import stream
 
@@ -17,8 +17,9 @@ class GenerateConfig:
 
     prompt: str
     """What to say to a model with a chat template; the text to continue without one."""
-    model: str = "smollm2-135m"
-    """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file."""
+    model: str | None = None
+    """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file; the adapter's own if not given,
+    smollm2-135m without one."""
     adapter: Path | None = None
     """A run directory, a PEFT directory or an adapter file."""
     raw: bool = False
@@ -31,14 +32,15 @@ class GenerateConfig:
     """Of the sampling."""
     dtype: str = "float32"
     """float32 or bfloat16."""
-    quantize: Literal["int8", "nf4"] | None = None
-    """int8 or nf4, as the adapter was trained; neither if not given."""
+    quantize: Literal["int8", "nf4", "none"] | None = None
+    """int8, nf4 or none; as the run was trained if not given, none without one."""
 
 
 def generate_command(config: GenerateConfig) -> None:
     """Runs `stable-lora generate`; see `GenerateConfig`."""
-    tokenizer = load_tokenizer(config.model)
-    model = load_with_adapter(config.model, config.adapter, config.dtype, config.quantize)
+    base, quantize = base_of(config.model, config.adapter), quantization(config.quantize, config.adapter)
+    tokenizer = load_tokenizer(base)
+    model = load_with_adapter(base, config.adapter, config.dtype, quantize)
     end = tokenizer.eos_token_id
     if tokenizer.chat_template is None or config.raw:
         print(config.prompt, end="", flush=True)

@@ -60,7 +60,7 @@ class PlanConfig:
             )
 
 
-class DoesNotFitError(RuntimeError):
+class DoesNotFitError(ValueError):
     """The step does not fit the slice; the message says what to change."""
 
 

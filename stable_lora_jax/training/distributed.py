@@ -126,6 +126,8 @@ def to_mesh(tree: Any, shardings: Any) -> Any:
       shardings: one for all, or a tree of them.
     """
     if jax.process_count() == 1:
+        # Committed to where they are, which copies nothing: else JAX would cut them up on the first device.
+        tree = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), tree)
         return jax.device_put(tree, shardings)
 
     def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:

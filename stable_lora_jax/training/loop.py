@@ -92,7 +92,7 @@ def train(
       learning_rate: by step, for the metrics.
       run_dir: gets metrics.jsonl and checkpoints/.
       mesh: from `make_mesh`; one device if None.
-      accumulate: parts that each batch is processed in.
+      accumulate: parts that each batch is processed in, each of them split over the mesh.
       norms_every: steps between two records of all pairs' norms, and of what the step added (`update_terms`).
       save_every: steps between two checkpoints.
       keep: newest checkpoints kept.
@@ -107,12 +107,13 @@ def train(
       CheckpointError: a checkpoint could not be written; raised at the first step after it failed.
       LostProcessError: another process has ended.
       ValueError: nothing to resume from, a checkpoint of something else or a damaged one, checkpoints of another run
-        in `run_dir`, a mesh that does not divide, or a number of steps below 1.
+        in `run_dir`, a batch that does not split into parts or over the mesh, a mesh that does not divide the model, or
+        a number of steps below 1.
     """
     check_intervals(total_steps=total_steps, norms_every=norms_every, save_every=save_every)
     mesh = mesh or make_mesh()
     by_rows, everywhere = batch_sharding(mesh), replicated(mesh)
-    check_rows(mesh, batches.batch_size)
+    check_rows(mesh, batches.batch_size, accumulate)
     check_decoder(mesh, model)
     graph, adapters, frozen = split_model(model)
     frozen = to_mesh(frozen, place(mesh, frozen))
@@ -139,7 +140,7 @@ def train(
                 files += [make_logger(name, run_dir, start) for name in loggers]
             for file in files:
                 opened.enter_context(closing(file))
-            record = _Record(files, bar, learning_rate, saved.latest_step, _flags(state.opt_state))
+            record = _Record(files, bar, _rates(learning_rate, total_steps), saved.latest_step, _flags(state.opt_state))
             if not start:
                 record.norms(state)
             for index, batch in prefetch(rows, start, total_steps):
@@ -152,7 +153,8 @@ def train(
                     record.norms(state, before)
                 if (index + 1) % save_every == 0 and index + 1 < total_steps:
                     saved.save(state, record.mean_loss())
-                if number := told_to_stop(received[0] if received else 0):
+                number = told_to_stop(received[0] if received else 0)
+                if number and index + 1 < total_steps:
                     stopped_by = signal.Signals(number)
                     break
             mean_loss = record.mean_loss()
@@ -175,7 +177,7 @@ class _Record:
 
     files: Sequence[Logger]
     bar: tqdm
-    learning_rate: optax.Schedule
+    rates: np.ndarray
     latest_checkpoint: Callable[[], int | None]
     _stable: dict[str, np.ndarray]
     loss: float | None = None
@@ -215,7 +217,7 @@ class _Record:
             step=step,
             loss=self.loss,
             grad_norm=grad_norm,
-            learning_rate=np.asarray(self.learning_rate(step - 1)),
+            learning_rate=self.rates[step - 1],
             tokens_per_second=rate,
             stable=stable,
             pairs=pairs,
@@ -248,6 +250,12 @@ class _Record:
                 self._write(step=step, pair=name, index=index, stable=True)
         self._stable = flags
         return sum(flag.size for flag in flags.values()), int(sum(flag.sum() for flag in flags.values()))
+
+
+def _rates(learning_rate: optax.Schedule, total_steps: int) -> np.ndarray:
+    """Returns the rates of all steps at once: asked for one by one, each would wait for the device's next step."""
+    # From step 0 also where a run goes on: the last bits may depend on where a number stands in its vector.
+    return np.asarray(jax.jit(jax.vmap(learning_rate))(jnp.arange(total_steps)))
 
 
 def _flags(opt_state: optax.OptState) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ _FROZEN_RULES = (
     (r".*\.(q|k|v|gate|up)_proj(\.base)?\.kernel", ("fsdp", "tensor")),
     (r".*\.(o|down)_proj(\.base)?\.kernel", ("tensor", "fsdp")),
     (r"embed_tokens\.embedding", ("tensor", "fsdp")),
-    (r"lm_head\.kernel", ("fsdp", "tensor")),
+    (r"lm_head(\.base)?\.kernel", ("fsdp", "tensor")),
     (r".*", ()),
 )
 
@@ -72,10 +72,21 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_rows(mesh: AnyMesh, rows: int) -> None:
-    """Raises ValueError unless a batch of so many rows can be split over the mesh."""
+def check_rows(mesh: AnyMesh, rows: int, accumulate: int = 1) -> None:
+    """Raises ValueError unless a batch of so many rows splits into `accumulate` parts, and each over the mesh."""
+    if accumulate < 1 or rows % accumulate:
+        raise ValueError(
+            f"A batch of {rows} rows does not split into accumulate={accumulate} equal parts. Choose accumulate among "
+            "the divisors of the batch."
+        )
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-    if rows % (data * fsdp):
+    if rows % (data * fsdp * accumulate):
+        if accumulate > 1:
+            raise ValueError(
+                f"A batch of {rows} rows in accumulate={accumulate} parts has {rows // accumulate} rows a part, which "
+                f"do not split evenly over data={data} times fsdp={fsdp} devices. Choose a batch size that is a "
+                f"multiple of {data * fsdp * accumulate}, a smaller accumulate, or a smaller mesh."
+            )
         raise ValueError(
             f"A batch of {rows} rows does not split evenly over data={data} times fsdp={fsdp} devices. Choose a batch "
             f"size that is a multiple of {data * fsdp}, or a smaller mesh."

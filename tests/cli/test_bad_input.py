@@ -39,6 +39,7 @@ def flags(model_dir, data_file, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "precious").write_text("adapter")
+    (run / "checkpoints").mkdir()
     return [
         *("train", "--model", model_dir, "--data", data_file, "--rank", 2, "--batch-size", 4, "--steps", 6),
         *("--overwrite", "--run-dir", run),
@@ -55,8 +56,10 @@ def flags(model_dir, data_file, tmp_path):
         ("--data none.jsonl", "No such file or directory: 'none.jsonl'"),
         ("--model x", "no tokenizer 'x': allowed are 'smollm2-135m', an existing .gguf file"),
         ("--loss x", "loss='x' is unknown. Known: answer, choices"),
-        ("--prompt-format x", "unknown prompt format 'x'; known: cloze, letter"),
+        ("--prompt-format x", "prompt_format='x' is unknown. Known: cloze, letter"),
         ("--lam-schedule x", "lam_schedule='x' is unknown. Known: cosine, linear, constant"),
+        ("--drop-overlap", "drop_overlap is for tasks"),
+        ("--run-dir gs://bucket/run", "run_dir=gs:/bucket/run is a URL"),
         ("--schedule x", "schedule='x' is unknown. Known schedules: cosine, linear, constant"),
         ("--dtype x", "dtype='x' is unknown. Known: float32, bfloat16"),
         ("--source x", "invalid choice 'x' for argument '--source'. Expected one of ('wheel', 'hub')"),
@@ -101,6 +104,7 @@ def flags(model_dir, data_file, tmp_path):
         ("--mesh data=9", "needs 9 devices; there are 8"),
         ("--processes 0", "coordinator=None, processes=0, process_id=None: only some are given"),
         ("--mesh data=8", "A batch of 4 rows does not split evenly over data=8"),
+        ("--mesh data=4 --accumulate 2", "A batch of 4 rows in accumulate=2 parts has 2 rows a part"),
     ],
 )
 def test_arguments(flags, tmp_path, capsys, changes, told):
@@ -255,6 +259,7 @@ def test_records_that_are_none(flags, tmp_path, capsys, record):
         ("eval --data x", "data='x' is unknown"),
         ("eval --split x", "split 'x'"),
         ("eval --dtype x", "dtype='x' is unknown"),
+        ("eval --prompt-format x", "prompt_format='x' is unknown. Known: cloze, letter"),
         ("eval --limit 0", "limit=0 is below 1"),
         ("eval --model x", "no tokenizer 'x'"),
         ("generate --prompt a --model x", "no tokenizer 'x'"),

@@ -9,13 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 
+from stable_lora_jax import training
 from stable_lora_jax.cli import main, run_directory
 from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.data import encode_all, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
-from stable_lora_jax.training import read_metrics
+from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError, read_metrics
 
 
 def code_of(arguments) -> int:
@@ -101,17 +104,39 @@ def test_a_merged_export_scores_as_the_adapter_does(finished, model_dir, data_fi
 
 
 def test_a_quantized_base_and_as_many_ranks_as_layers(train_flags, model_dir, data_file, tmp_path, capsys):
-    run, scores = tmp_path / "run", []
-    flags = [*train_flags, "--rank", 3, "--steps", 4, "--quantize", "int8", "--run-dir", run]
-    assert code_of(flags) == 0
+    run, scores, told = tmp_path / "run", [], []
+    flags = [*train_flags, "--rank", 3, "--steps", 4, "--quantize", "int8", "--prompt-format", "letter"]
+    assert code_of([*flags, "--run-dir", run]) == 0
     assert json.loads((run / "config.json").read_text())["config"]["quantize"] == "int8"
-    for extra in ([], ["--adapter", run], ["--adapter", run, "--quantize", "int8"]):
+    own = ["--adapter", run]
+    file = ["--adapter", run / "adapter.safetensors"]
+    for extra in (
+        ["--model", model_dir, "--prompt-format", "letter"],
+        [*own, "--quantize", "none"],
+        own,
+        [*file, "--model", model_dir, "--quantize", "int8", "--prompt-format", "letter"],
+        [*own, "--prompt-format", "cloze"],
+    ):
         capsys.readouterr()
-        assert code_of(["eval", "--model", model_dir, "--data", data_file, *extra]) == 0
-        scores.append(json.loads(capsys.readouterr().out)["nll_token"])
+        assert code_of(["eval", "--data", data_file, *extra]) == 0
+        captured = capsys.readouterr()
+        scores.append(json.loads(captured.out)["nll_token"])
+        told.append([line for line in captured.err.splitlines() if "was trained with" in line])
     # Trained on the quantized base, good on both, which are not the same.
-    assert max(scores[1:]) < scores[0]
+    assert max(scores[1:3]) < scores[0]
     assert 0 < abs(scores[1] - scores[2]) < 0.02
+    # The run's own model, quantization and format are the default; others are told.
+    assert scores[2] == scores[3] != scores[4]
+    assert told[0] == told[2] == told[3] == []
+    assert told[1] == [f"quantize: none as given; {run} was trained with int8"]
+    assert told[4] == [f"prompt_format: cloze as given; {run} was trained with letter"]
+    texts = []
+    for extra in ([], ["--model", model_dir, "--quantize", "int8"]):
+        assert code_of(["generate", "--prompt", "1+1?", "--max-new-tokens", 5, *own, *extra]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert code_of(["export", run, tmp_path / "merged", "--format", "merged"]) == 0
+    assert "Note: it was trained on the base in int8" in capsys.readouterr().out
     assert code_of([*train_flags, "--quantize", "int3", "--run-dir", run, "--overwrite"]) == 2
     assert "nf4" in capsys.readouterr().err
 
@@ -191,12 +216,44 @@ def test_resuming_a_finished_run_and_overwriting_one(train_flags, finished, tmp_
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
 
 
+def test_a_model_that_devices_share_is_loaded_on_the_host(train_flags, tmp_path, monkeypatch, capsys, eight_devices):
+    models = []
+
+    def spy(model, *args, **kwargs):
+        models.append((model, {device for leaf in jax.tree.leaves(nnx.state(model)) for device in leaf.devices()}))
+        return training.train(model, *args, **kwargs)
+
+    monkeypatch.setattr("stable_lora_jax.cli.train.train", spy)
+    flags = [*train_flags, "--steps", 2, "--quantize", "nf4", "--dropout", 0.1]
+    shared, local = [*flags, "--mesh", "data=2,fsdp=2"], jax.local_devices
+    assert code_of([*shared, "--run-dir", tmp_path / "first"]) == 0
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: eight_devices[7:] if backend else local())
+    assert code_of([*shared, "--run-dir", tmp_path / "host"]) == 0
+    assert models[1][1] == {eight_devices[7]}
+    assert {device for leaf in jax.tree.leaves(nnx.state(models[1][0])) for device in leaf.devices()} == models[1][1]
+    adapters = [(tmp_path / run / "adapter.safetensors").read_bytes() for run in ("first", "host")]
+    assert adapters[0] == adapters[1]
+    assert code_of([*flags, "--steps", 1, "--run-dir", tmp_path / "single"]) == 0
+    assert models[2][1] == {eight_devices[0]}
+
+    def without_cpu(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", without_cpu)
+    assert code_of([*shared, "--run-dir", tmp_path / "none"]) == 2
+    assert "leaves out the CPU, where a model that 4 devices share is loaded" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_adapter_of_another_base_is_refused(finished, model_dir, data_file, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
     assert code_of(["eval", "--model", other, "--data", data_file, "--adapter", finished]) == 2
     assert "does not belong to this model" in (message := capsys.readouterr().err)
     assert str(other) in message
+    (other / "model.safetensors").unlink()  # told before the base is read
+    assert code_of(["eval", "--model", other, "--data", data_file, "--adapter", finished]) == 2
+    assert capsys.readouterr().err == message
 
 
 def test_signals_stop_cleanly_and_resume_is_exact(train_flags, tmp_path):
@@ -222,6 +279,54 @@ def test_signals_stop_cleanly_and_resume_is_exact(train_flags, tmp_path):
     assert (run / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
     losses = [[(x["step"], x["loss"]) for x in read_metrics(r / "metrics.jsonl") if "loss" in x] for r in (run, whole)]
     assert losses[0] == losses[1]
+
+
+def test_a_run_goes_on_with_its_own_data_alone(train_flags, finished, data_file, tmp_path, capsys):
+    run, file = tmp_path / "run", tmp_path / "sums.jsonl"
+    shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"config": config["config"] | {"data": str(file)}}))
+    flags = [*train_flags, "--data", file, "--steps", 6, "--run-dir", run]
+    shutil.copy(data_file, file)
+    assert code_of([*flags, "--resume"]) == 0
+    capsys.readouterr()
+    file.write_text(data_file.read_text().replace("3+5?", "5+3?"))
+    for how in ("--resume", "--auto-resume"):
+        assert code_of([*flags, how]) == 2
+        message = capsys.readouterr().err
+        assert f"was started on other data (examples_sha256: run '{config['examples_sha256']}', now" in message
+        assert "total_steps" not in message
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("bad"), 2),
+        (OSError("unreadable"), 2),
+        (NonFiniteLossError("nan"), 2),
+        (CheckpointError("disk full"), 1),
+        (LostProcessError("gone"), 1),
+    ],
+)
+def test_exit_codes_tell_what_the_same_command_may_get_past(monkeypatch, capsys, error, code):
+    monkeypatch.setattr("stable_lora_jax.cli.train.train_command", raising(error))
+    monkeypatch.setattr("os._exit", sys.exit)
+    assert code_of(["train"]) == code
+    assert capsys.readouterr().err == f"stable-lora: {error}\n"
+
+
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, RuntimeError])
+def test_errors_of_the_runtime_keep_their_traceback(monkeypatch, kind):
+    monkeypatch.setattr("stable_lora_jax.cli.train.train_command", raising(kind("out of memory")))
+    with pytest.raises(kind, match="out of memory"):
+        main(["train"])
+
+
+def raising(error):
+    def command(config):
+        raise error
+
+    return command
 
 
 def last_step(metrics) -> int:

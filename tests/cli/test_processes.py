@@ -65,7 +65,7 @@ def test_one_run_by_two_processes_then_four_then_one(flags, tmp_path, capsys):
 
     # Two processes; one is killed, the other ends by itself, in time and with a reason.
     with processes([*flags, "--run-dir", run, "--mesh", "data=2,fsdp=2"], 2, devices=2) as started:
-        wait_for_step(run, 20, started)
+        wait_for_step(run, 21, started)  # the save of step 20 has begun, which waits for that of step 15
         started[1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         _, error = started[0].communicate(timeout=60)

@@ -53,6 +53,15 @@ def test_a_running_run(watched, tmp_path, capsys):
     assert "no run directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("at", ["read_metrics", "time.sleep"])
+def test_an_interrupt_ends_the_watching_at_any_moment(tmp_path, monkeypatch, at):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"stable_lora_jax.cli.watch.{at}", interrupt)
+    assert main(["watch", str(tmp_path)]) == 0
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_a_browser_shows_the_page(watched, tmp_path):
     page = tmp_path / "page.html"

@@ -63,3 +63,8 @@ def test_bad_file(tmp_path: Path) -> None:
         load_jsonl(tmp_path / "empty.jsonl")
     with pytest.raises(ValueError, match=re.escape("mine.csv has an unknown ending; allowed are .jsonl and .jsonl.gz")):
         load_jsonl(tmp_path / "mine.csv")
+    packed = gzip.compress(20 * f"{COMPLETION}\n".encode())
+    for damaged in (packed[:-20], packed[:20] + bytes(9) + packed[29:], COMPLETION.encode()):
+        (tmp_path / "cut.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cut.jsonl.gz is no whole gzip file \(.*Copy it again"):
+            load_jsonl(tmp_path / "cut.jsonl.gz")

@@ -8,6 +8,7 @@ from stable_lora_jax.data import (
     Completion,
     Encoded,
     Question,
+    digest,
     encode_all,
     format_question,
     load_task,
@@ -69,6 +70,19 @@ def test_right_branch_and_sizes() -> None:
     example = Encoded((5, 6, 7), ((1,), (2, 3, 4)), 1)
     assert (example.length, example.num_targets) == (5, 4)
     assert right_branch_only(example) == Encoded((5, 6, 7), ((2, 3, 4),), 0)
+
+
+def test_a_digest_tells_other_examples() -> None:
+    examples = [Encoded((5, 6), ((1,), (2, 3)), 1), Encoded((7,), ((8,),), 0)]
+    others = [
+        examples[::-1],
+        examples[:1],
+        [Encoded((5, 6), ((1,), (2, 3)), 0), examples[1]],
+        [Encoded((5,), ((6, 1), (2, 3)), 1), examples[1]],
+        [Encoded((5, 6), ((1, 2), (3,)), 1), examples[1]],
+    ]
+    assert digest(list(examples)) == digest(examples)
+    assert len({digest(each) for each in (examples, *others)}) == 6
 
 
 def test_errors() -> None:

@@ -86,11 +86,22 @@ def _plain(variable):
     return jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
 
 
+def test_a_row_may_be_longer_than_the_context_if_no_answer_is():
+    example = Encoded((1,) * 40, tuple((i, i + 1, i + 2) for i in range(20)), 0)
+    assert example.length > 64
+    found, wanted = (evaluate(adapted(max_positions=size), [example]) for size in (64, 128))
+    np.testing.assert_array_equal(found.log_likelihood, wanted.log_likelihood)
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"no examples.*at least one"):
         evaluate(adapted(), [])
-    with pytest.raises(ValueError, match=r"example 1 takes 70 tokens; max_length allows 64"):
+    with pytest.raises(ValueError, match="example 1 takes 70 positions; the model has 64"):
         evaluate(adapted(), [EXAMPLES[0], Encoded((1,) * 70, ((2,), (3,)), 0)])
+    broken = adapted()
+    broken.embed_tokens.embedding[5] = jnp.nan
+    with pytest.raises(ValueError, match=r"Question 1 has log-likelihoods \[.*nan.*finite"):
+        evaluate(broken, [Encoded((1, 2), ((2,), (3,)), 0), Encoded((1, 5), ((2,), (3,)), 0)])
 
 
 def test_smollm2_equals_transformers():

@@ -1,6 +1,7 @@
 """The loop: a resumed run is the uninterrupted one, bit by bit."""
 
 import shutil
+import signal
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from stable_lora_jax.training import (
     stop_steps,
     train,
 )
+from stable_lora_jax.training.distributed import to_mesh
+from stable_lora_jax.training.sharding import replicated
 from tests.training.tiny_runs import adapted, questions, trees_equal
 
 EXAMPLES = [right_branch_only(example) for example in questions(24)]
@@ -46,12 +49,11 @@ def run(directory, method="stable-lora", *, model=None, dropout=0.0, steps=6, **
     """Trains and returns the model and the result."""
     model = model or adapted(dropout=dropout)
     directory.mkdir(exist_ok=True)
-    defaults = {"save_every": 3, "norms_every": 1, "progress": False}
+    defaults = {"save_every": 3, "norms_every": 1, "progress": False, "learning_rate": RATE}
     result = train(
         *(model, batches(), optimizer_for(method)),
         loss=make_loss("answer", 1),
         total_steps=steps,
-        learning_rate=RATE,
         run_dir=directory,
         **defaults | kwargs,
     )
@@ -134,6 +136,22 @@ def test_stops_are_recorded_at_their_step(tmp_path, capsys):
     assert f"stable pairs={stable}/6" in capsys.readouterr().err
 
 
+def test_weights_are_cut_up_where_they_are(monkeypatch, eight_devices):
+    put, cut = jax.device_put, []
+
+    def watched(tree, sharding):
+        cut.extend(jax.tree.leaves(tree) if isinstance(sharding, jax.sharding.NamedSharding) else [])
+        return put(tree, sharding)
+
+    with jax.default_device(eight_devices[7]):
+        tree = {"weight": jnp.arange(8.0), "key": jax.random.key(0)}
+    monkeypatch.setattr(jax, "device_put", watched)
+    placed = to_mesh(tree, replicated(make_mesh(4)))
+    assert all(leaf.committed and leaf.devices() == {eight_devices[7]} for leaf in cut)
+    assert len(cut) == 2
+    assert all(leaf.devices() == set(eight_devices[:4]) for leaf in jax.tree.leaves(placed))
+
+
 def test_a_batch_goes_to_the_devices_in_one_call(monkeypatch, tmp_path):
     put, batches_put = jax.device_put, []
 
@@ -145,6 +163,26 @@ def test_a_batch_goes_to_the_devices_in_one_call(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "make_array_from_process_local_data", None)
     run(tmp_path, steps=3, mesh=make_mesh(2, 2, 2))
     assert len(batches_put) == 3
+
+
+@pytest.mark.parametrize(("at", "stopped_by"), [(2, signal.SIGTERM), (3, None)])
+def test_a_signal_in_the_last_step_stops_nothing(tmp_path, monkeypatch, at, stopped_by):
+    def raise_signal(self, step, *args):
+        if step == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("stable_lora_jax.training.loop._Record.step", raise_signal)
+    _, result = run(tmp_path, steps=3)
+    assert (result.steps, result.stopped_by) == (at, stopped_by)
+
+
+@pytest.mark.parametrize("schedule", [RATE, lambda step: 1e-2])
+def test_the_schedule_is_evaluated_once(tmp_path, schedule):
+    asked = []
+    run(tmp_path, steps=3, learning_rate=lambda step: asked.append(step) or schedule(step))
+    assert len(asked) == 1
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    np.testing.assert_allclose(rates, [schedule(step) for step in range(3)], rtol=1e-6)  # float32
 
 
 def test_resuming_a_finished_run_does_nothing(tmp_path):
@@ -194,3 +232,7 @@ def test_errors(tmp_path):
         run(tmp_path, steps=2)
     with pytest.raises(ValueError, match=r"batch of 8 rows.*data=3"):
         run(tmp_path / "mesh", steps=1, mesh=make_mesh(3))
+    with pytest.raises(ValueError, match=r"8 rows does not split into accumulate=3 equal parts"):
+        run(tmp_path / "mesh", steps=1, accumulate=3)
+    with pytest.raises(ValueError, match=r"accumulate=4 parts has 2 rows a part.*data=4.*multiple of 16"):
+        run(tmp_path / "mesh", steps=1, accumulate=4, mesh=make_mesh(4))

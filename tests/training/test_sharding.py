@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from stable_lora_jax.models import Decoder
 from stable_lora_jax.planning import Workload, lower, read_collectives
 from stable_lora_jax.training import make_mesh
-from stable_lora_jax.training.sharding import check_decoder
+from stable_lora_jax.training.sharding import check_decoder, frozen_shardings
 from tests.models import tiny
 
 
@@ -31,6 +33,14 @@ def test_a_mesh_must_divide_heads_and_widths(sizes, told):
 def test_a_mesh_that_divides_is_accepted():
     decoder = nnx.eval_shape(lambda: Decoder(tiny.config(vocab_size=64), rngs=nnx.Rngs(0)))
     check_decoder(make_mesh(2, 2, 2), decoder)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_output_layer_is_split_with_and_without_an_adapter(adapted):
+    layer = {"kernel": jax.ShapeDtypeStruct((24, 64), jnp.float32)}
+    state = nnx.State({"lm_head": {"base": layer} if adapted else layer})
+    (sharding,) = jax.tree.leaves(frozen_shardings(make_mesh(1, 2, 2), state))
+    assert sharding.spec == PartitionSpec("fsdp", "tensor")
 
 
 def test_a_mesh_over_given_devices(eight_devices):
