@@ -129,7 +129,7 @@ def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", q
         print(f"{adapter}: filled {count} modules", file=sys.stderr)
         return model
     spec = read_adapter_spec(file)
-    if spec.base != name:
+    if spec.base.rstrip("/") != name.rstrip("/"):
         raise ValueError(
             f"The adapter {file} does not belong to this model (base: file {spec.base!r}, model {name!r}). Load it "
             "onto its own base."

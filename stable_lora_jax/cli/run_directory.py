@@ -15,6 +15,7 @@ from pathlib import Path
 from stable_lora_jax.training import newest_step
 
 _CONFIG, _CHECKPOINTS, _PARTIAL = "config.json", "checkpoints", ".config.json.partial"
+_ADAPTER = "adapter.safetensors"
 # What a start writes itself, beside config.json: nothing worth keeping without a checkpoint.
 _STARTED = {_CHECKPOINTS, _PARTIAL, "metrics.jsonl", "metrics.jsonl.partial", "tensorboard"}
 
@@ -59,10 +60,11 @@ def check_directory(
         if resume or newest_step(directory / _CHECKPOINTS) is not None:
             return True
     left = {path.name for path in directory.iterdir()} - {_PARTIAL} if directory.exists() else set()
-    if overwrite and left and not left & {_CONFIG, _CHECKPOINTS}:
+    if overwrite and left and not left & {_CONFIG, _CHECKPOINTS, _ADAPTER}:
         raise ValueError(
-            f"The run directory {directory} is no run's: it holds {len(left)} things, and neither {_CONFIG} nor "
-            f"{_CHECKPOINTS}. --overwrite replaces runs alone: empty it yourself, or choose another --run-dir."
+            f"The run directory {directory} is no run's: it holds {len(left)} things, and none of {_CONFIG}, "
+            f"{_CHECKPOINTS} and {_ADAPTER}. --overwrite replaces runs alone: empty it yourself, or choose another "
+            "--run-dir."
         )
     if overwrite or not left or (auto_resume and _may_start_over(directory, left)):
         return False
@@ -74,7 +76,7 @@ def check_directory(
 def _may_start_over(directory: Path, left: set[str]) -> bool:
     """Returns whether a run without a checkpoint was stopped early, by what it left (beside what others put there)."""
     if _CONFIG in left:
-        return "adapter.safetensors" not in left  # else it had come to its end
+        return _ADAPTER not in left  # else it had come to its end
     return left == {_CHECKPOINTS} and not any((directory / _CHECKPOINTS).iterdir())
 
 
