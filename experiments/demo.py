@@ -103,7 +103,7 @@ def table(results: dict) -> str:
     for pair, row in results["stopped"].items():
         steps = f" (steps {row['first']} to {row['last']}, median {row['median']})" if row["stable"] else ""
         told.append(f"{pair.split('/')[-2]} {row['stable']} of {row['matrices']}{steps}")
-    return f"{scores(results)}\n\nMatrices whose shrink stopped within the epoch: {'; '.join(told)}. {NOISE}"
+    return f"{scores(results)}\n\nMatrices whose shrink stopped within the epoch: {'; '.join(told)}.\n{NOISE}"
 
 
 def scores(results: dict) -> str:
