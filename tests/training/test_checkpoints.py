@@ -112,11 +112,10 @@ def test_a_checkpoint_is_the_same_on_every_mesh(tmp_path):
 
 def test_a_failed_save_is_told_at_the_next_look(tmp_path):
     before = saved_run(tmp_path, 1)
-    with checkpoints(tmp_path, 9) as saved:
-        with full_disk():
-            saved.save(at_step(fresh(), 2))
-            told = wait_for_error(saved)
-        assert re.search(r"could not be written.*That of step 1 is whole.*--resume", str(told))
+    with full_disk(), checkpoints(tmp_path, 9) as saved:  # full until the end: what else is being written fails too
+        saved.save(at_step(fresh(), 2))
+        told = wait_for_error(saved)
+    assert re.search(r"could not be written.*That of step 1 is whole.*--resume", str(told))
     assert newest_step(tmp_path) == 1
     with checkpoints(tmp_path, 9) as saved:
         assert trees_equal(saved.restore(fresh()), at_step(fresh(), 1))
