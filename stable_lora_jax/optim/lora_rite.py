@@ -24,9 +24,9 @@ Deviations from the reference code, none of which shows in a run that the refere
     rank, as B = 0 does at the start, U has columns of zeros instead of arbitrary ones. In float32 that is the case from
     a condition number of about 1000 on, in the reference from 1e6 on.
   * skipped steps, silent in the reference, are counted (`lora_rite_report`): a factor that is skipped at every step is
-    frozen, and the loss's scale is then too large for `update_skipping`. An infinite gradient is skipped too; NaN
-    is no large number, and makes its factor NaN, as in other optimizers: a broken run shows, instead of standing still.
-    `optax.apply_if_finite` around the optimizer passes over such steps.
+    frozen, and the loss's scale is then too large for `update_skipping`. A gradient that holds NaN is not skipped and
+    makes its factor NaN, as in other optimizers: a broken run shows, instead of standing still. An infinite one is
+    skipped, or makes NaN where T holds a 0. `optax.apply_if_finite` around the optimizer passes over such steps.
   * `max_step_a` (off by default) guards the second step. B is of the size of η then, T of the size of 1/η, and so A
     moves by 43 to 149 % of its norm whatever η is.
 """
@@ -234,9 +234,8 @@ def scale_by_lora_rite(
         # u = g T
         unmagnified = [times(g, t) for g, t in zip(grad_a + grad_b, maps, strict=True)]
         covariances = [gram(u, u) for u in unmagnified]
-        undefined = [jnp.any(jnp.isnan(g), axis=(-2, -1)) for g in grad_a + grad_b]
-        kept, scales, clip_factor = _skip_and_clip(unmagnified, covariances, undefined, update_skipping, clip)
-        # Chosen, not multiplied by 0: what is skipped may hold inf, and NaN where inf met 0.
+        kept, scales, clip_factor = _skip_and_clip(unmagnified, covariances, update_skipping, clip)
+        # Chosen, not multiplied by 0: what is skipped may hold inf.
         unmagnified = [jnp.where(k[:, None, None], u, 0) for k, u in zip(kept, unmagnified, strict=True)]
         covariances = [
             jnp.where(k[:, None, None], c * (s**2 / u.shape[-1])[:, None, None], 0)
@@ -307,13 +306,13 @@ def _debiased(beta: Number, step: Array) -> Array:
 
 
 def _skip_and_clip(
-    unmagnified: list[Array], covariances: list[Array], undefined: list[Array], update_skipping: Number, clip: Number
+    unmagnified: list[Array], covariances: list[Array], update_skipping: Number, clip: Number
 ) -> tuple[list[Array], list[Array], Array]:
     """Returns (kept, scales, clip factor): per matrix whether it moves and what u is multiplied by, 0 if not."""
     squares = [jnp.trace(c, axis1=-2, axis2=-1) for c in covariances]
     kept = [
-        (square <= update_skipping**2 * u[0].size) | nan | (update_skipping == 0)
-        for square, nan, u in zip(squares, undefined, unmagnified, strict=True)
+        ~(square > update_skipping**2 * u[0].size) | (update_skipping == 0)  # NaN is no large number
+        for square, u in zip(squares, unmagnified, strict=True)
     ]
     norm = jnp.sqrt(sum(jnp.sum(jnp.where(keep, square, 0)) for keep, square in zip(kept, squares, strict=True)))
     clip_factor = jnp.where((norm > clip) & (clip > 0), clip / norm, 1.0)
