@@ -6,8 +6,8 @@ Command:   make bench-optimizers        (or python -m experiments.bench_optimize
            extra it also times torch.optim.AdamW and PEFT's optimizers)
 Hardware:  2 CPU cores with nothing else running, or one GPU. Minutes: 13.
 Expected:  over AdamW, one thread: Stable-LoRA 1.25 +- 0.05 (the aim was 1.15; stacked 1.2), LoRA+ 1.0, Riemannian 1.9
-           (the aim was 2; stacked 2.2), LoRA-RITE 3.1 (the aim was 5; stacked 5.6); on a busy machine up to 2.4, 3.8
-           and 6.5. Each is faster than the same on torch, but for AdamW beside torch's fused one.
+           (the aim was 2; stacked 2.2), LoRA-RITE 3.1 (the aim was 5; stacked 5.6); more on a busy machine. Each is
+           faster than the same on torch, but for AdamW beside torch's fused one.
 
 The floor of an AdamW update is memory: it reads p, g, m, v and writes p, m, v, 28 bytes a parameter, 15 MB for the
 540,672 parameters here. Every thread count runs in a process of its own, bound to that many cores; in it the
