@@ -114,10 +114,8 @@ def section(lines: list[dict[str, Any]], figure: Path) -> str:
     widths = sorted({line["width"] for line in lines})
     draw(groups, figure)
     text = f"Exponents γ in the width at step {last}, widths {widths[0]} to {widths[-1]}: measured ± 95 % over "
-    text += (
-        f"{len({line['seed'] for line in lines})} seeds (theorem 3.1). The interval is of chance alone: it does not "
-    )
-    text += "say how far the sizes are from a power law.\n\n"
+    text += f"{len({line['seed'] for line in lines})} seeds (theorem 3.1). "
+    text += "The interval is of chance alone: it does not say how far the sizes are from a power law.\n\n"
     return text + tables.markdown(("c", "method", *NAMES, "stable"), rows) + f"\n\n![exponents]({figure.name})\n\n"
 
 
