@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +26,9 @@ from stable_lora_jax.models.rotary import Rotation, rotary_frequencies, rotate, 
 
 # One object, not one per model: graph definitions compare initializers by identity, and jit caches compare those.
 _INIT = nnx.initializers.normal(0.02)
+
+# What the backward pass keeps; the rest is computed again.
+_kept = partial(checkpoint_name, name="kept")
 
 Hidden = Float[Array, "batch length width"]
 
@@ -55,9 +59,9 @@ class Attention(nnx.Module):
         """The attended values, and the cache with this layer's keys and values when one is given."""
         batch, length, _ = x.shape
         split = (batch, length, -1, self.head_dim)
-        query = rotate(self.q_proj(x).reshape(split), sight.rotation)
-        key = rotate(self.k_proj(x).reshape(split), sight.rotation)
-        value = self.v_proj(x).reshape(split)
+        query = rotate(_kept(self.q_proj(x)).reshape(split), sight.rotation)
+        key = rotate(_kept(self.k_proj(x)).reshape(split), sight.rotation)
+        value = _kept(self.v_proj(x)).reshape(split)
         if cache is not None:
             cache = cache.write(layer, sight.positions, key, value)
             key, value = cache.keys[layer], cache.values[layer]
@@ -65,8 +69,8 @@ class Attention(nnx.Module):
         query = query.reshape(batch, length, self.num_kv_heads, -1, self.head_dim) * self.head_dim**-0.5
         scores = float32_product(query, key, (((4,), (3,)), ((0, 2), (0, 2))))  # bktgs
         weights = jax.nn.softmax(scores + sight.bias, axis=-1).astype(value.dtype)
-        attended = jnp.einsum("bktgs,bskh->btkgh", weights, value)
-        return self.o_proj(attended.reshape(batch, length, -1)), cache
+        attended = _kept(jnp.einsum("bktgs,bskh->btkgh", weights, value))
+        return _kept(self.o_proj(attended.reshape(batch, length, -1))), cache
 
 
 class FeedForward(nnx.Module):
@@ -81,7 +85,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Hidden) -> Hidden:
         """The transformed features."""
         # In float32 up to one rounding at the end: rounding every step, as bfloat16 would, costs more than the steps.
-        gate, up = (projection(x).astype(jnp.float32) for projection in (self.gate_proj, self.up_proj))
+        gate, up = (_kept(projection(x)).astype(jnp.float32) for projection in (self.gate_proj, self.up_proj))
         return self.down_proj((jax.nn.silu(gate) * up).astype(x.dtype))
 
 
@@ -275,10 +279,12 @@ class Decoder(nnx.Module):
             carry = layer(hidden, sight, cache, index)
             return carry, nnx.split(layer, nnx.Param, ...)[2]
 
-        # The backward pass keeps the results of matrix products at most: what is elementwise is computed again, which
-        # is cheaper than storing it, and gathered weights are gathered again. A loop keeps the passes apart; written
-        # out, the compiler would find the second one superfluous.
-        saved = jax.checkpoint_policies.nothing_saveable if self.remat else jax.checkpoint_policies.dots_saveable
+        # The backward pass keeps what the projections and attention give, at most: an adapted projection gives one
+        # array, not its base's and its adapter's, what is elementwise is cheaper to compute again than to store, and
+        # attention's scores grow with the square of the length. Gathered weights are gathered again. A loop keeps the
+        # passes apart; written out, the compiler would find the second one superfluous.
+        policies = jax.checkpoint_policies
+        saved = policies.nothing_saveable if self.remat else policies.save_only_these_names("kept")
         step = jax.checkpoint(step, prevent_cse=self.unroll >= config.num_layers, policy=saved)
         hidden = self.placement.rows(self.embed_tokens(tokens).astype(self.dtype))
         xs = (jnp.arange(config.num_layers), params, rest)

@@ -41,6 +41,16 @@ def test_what_is_computed_again_is_counted():
     assert flops(True) > 1.1 * flops(False)
 
 
+def test_adapters_add_little_to_what_the_backward_pass_keeps():
+    def temporaries(targets):
+        deep = tiny.config(vocab_size=64, num_layers=64)
+        workload = replace(WORKLOAD, config=deep, rows=2, length=64, targets=targets)
+        return lower(workload, make_mesh()).compile().memory_analysis().temp_size_in_bytes
+
+    # One array a projection, adapted or not. More is what attention gives, where an adapter of o_proj reads it.
+    assert temporaries("qkvogud") < 1.25 * temporaries("qv")
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_the_estimate_knows_what_lies_between_steps(sizes):
     memory = lower(WORKLOAD, make_mesh(*sizes)).compile().memory_analysis()
