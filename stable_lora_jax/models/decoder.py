@@ -141,7 +141,7 @@ class Decoder(nnx.Module):
         rngs: stream for the initial parameters.
         dtype: of the computation.
         param_dtype: of the stored parameters.
-        remat: recompute each layer in the backward pass instead of storing the results of its matrix products.
+        remat: recompute each layer in the backward pass instead of storing what its projections and attention give.
         unroll: layers in one iteration of the loop over them; more take longer to compile.
 
     Example:
