@@ -43,7 +43,7 @@ def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
     modules = lora_modules(model)
     if not modules:
         raise ValueError("The model has no LoRA adapters. Call inject_lora(model, ...) first.")
-    kinds = {(module.rank, float(module.alpha), module.use_rslora) for module in modules.values()}
+    kinds = {(module.rank, module.alpha, module.use_rslora) for module in modules.values()}
     if len(kinds) != 1:
         raise ValueError(
             f"The model has adapters of {len(kinds)} kinds (rank, alpha, rslora): {sorted(kinds)}. An adapter file "
@@ -65,11 +65,7 @@ def save_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
       ValueError: as `adapter_spec`.
     """
     spec = adapter_spec(model, base)
-    tensors = {
-        f"{name}.{side}": np.asarray(getattr(module, side)[...])
-        for name, module in lora_modules(model).items()
-        for side in ("lora_a", "lora_b")
-    }
+    tensors = {key: np.asarray(matrix[...]) for key, matrix in _matrices(model).items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -105,8 +101,8 @@ def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
       base: name of the base model that `model` is; a slash at its end does not matter.
 
     Raises:
-      ValueError: another base, rank, alpha, rslora or targets (each named with both values), or other shapes; the
-        model is then unchanged.
+      ValueError: another base, rank, alpha, rslora or targets (each named with both values), other shapes, or a
+        damaged file; the model is then unchanged.
     """
     saved, wanted = (
         asdict(spec) | {"base": spec.base.rstrip("/")} for spec in (read_adapter_spec(path), adapter_spec(model, base))
@@ -117,13 +113,12 @@ def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
             f"The adapter {path} does not belong to this model ({what}). Load it onto its own base, injected with its "
             "own rank, alpha and targets: read_adapter_spec(path) tells them."
         )
-    slots = {
-        f"{name}.{side}": getattr(module, side)
-        for name, module in lora_modules(model).items()
-        for side in ("lora_a", "lora_b")
-    }
-    with safe_open(path, framework="numpy") as file:
-        tensors = {key: file.get_tensor(key) for key in slots}
+    slots = _matrices(model)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {key: file.get_tensor(key) for key in slots}
+    except SafetensorError as error:
+        raise ValueError(f"{path} lacks what its targets name ({error}). Copy it again from its run.") from error
     for key, slot in slots.items():
         if tensors[key].shape != slot.shape:
             raise ValueError(
@@ -132,3 +127,9 @@ def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
             )
     for key, slot in slots.items():
         slot[...] = jnp.asarray(tensors[key], slot.dtype)
+
+
+def _matrices(model: nnx.Module) -> dict[str, nnx.LoRAParam]:
+    """Returns key in the file -> A or B of the model."""
+    modules = lora_modules(model).items()
+    return {f"{name}.{side}": getattr(module, side) for name, module in modules for side in ("lora_a", "lora_b")}

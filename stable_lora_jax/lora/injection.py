@@ -55,8 +55,8 @@ def inject_lora(
 
     Raises:
       ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed); rank, alpha or
-        dropout out of range; the model has adapters already; it is a Linear layer itself, or has one under two names
-        or in a tuple. The model is then unchanged.
+        dropout out of range; the model has adapters already, ours or another library's; it is a Linear layer itself,
+        or has one under two names or in a tuple. The model is then unchanged.
 
     Example:
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
@@ -64,13 +64,13 @@ def inject_lora(
       >>> model.layers[0].lora_a.shape, model.layers[0].lora_b.shape
       ((8, 2), (2, 16))
     """
-    if present := lora_modules(model):
+    if present := adapted_paths(model):
         raise ValueError(
             f"The model has LoRA adapters already, at {listed(present)}. Adapters are not stacked on adapters: call "
             "merge_lora(model) first, or start from the base model."
         )
     chosen = _matching(modules_at(model, nnx.Linear), targets)
-    _check_one_name(model, chosen.values())
+    check_one_name(model, chosen.values())
     places = [place(model, path) for path in chosen]
     adapted = [
         LoRALinear(
@@ -121,6 +121,12 @@ def lora_modules(model: nnx.Module) -> dict[str, LoRALinear]:
     return {dotted(path): module for path, module in modules_at(model, LoRALinear).items()}
 
 
+def adapted_paths(model: nnx.Module) -> list[str]:
+    """Returns the dotted paths of all modules that hold LoRA matrices, whichever library made them."""
+    matrices = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+    return list(dict.fromkeys(dotted(path[:-1]) for path, _ in matrices))
+
+
 def linear_modules(model: nnx.Module) -> dict[str, nnx.Linear]:
     """Returns dotted path -> Linear layer, in a fixed order."""
     return {dotted(path): module for path, module in modules_at(model, nnx.Linear).items()}
@@ -163,7 +169,7 @@ def _matching(linears: dict[Path, nnx.Linear], targets: str | Sequence[str]) -> 
     return {path: linear for path, linear in linears.items() if path in chosen}
 
 
-def _check_one_name(model: nnx.Module, chosen: Iterable[nnx.Linear]) -> None:
+def check_one_name(model: nnx.Module, chosen: Iterable[nnx.Linear]) -> None:
     """Raises ValueError if one of these layers stands in several places: only one of them would be replaced."""
     names: dict[int, list[str]] = {}
     for path, module in nnx.iter_modules(model):
@@ -175,8 +181,8 @@ def _check_one_name(model: nnx.Module, chosen: Iterable[nnx.Linear]) -> None:
     for linear in chosen:
         if len(shared := names.get(id(linear), [])) > 1:
             raise ValueError(
-                f"{' and '.join(sorted(shared))} are one and the same Linear layer. An adapter would change only one "
-                "of them: give each name a layer of its own (nnx.clone), or leave them out of the targets."
+                f"{' and '.join(sorted(shared))} are one and the same Linear layer, of which only one would be "
+                "replaced: give each name a layer of its own (nnx.clone), or leave them out of the targets."
             )
 
 

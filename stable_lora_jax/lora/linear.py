@@ -1,6 +1,7 @@
 """A linear layer with a LoRA adapter beside its frozen weight: y = x W + s (x A) B."""
 
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +52,10 @@ class LoRALinear(nnx.Module):
         _check_ranges(rank, alpha, dropout)
         *stack, fan_in, fan_out = base.kernel.shape
         self.base = base
-        self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
-        self.lora_a = nnx.LoRAParam(_stacked_init(a_init, rngs.params(), (*stack, fan_in, rank), dtype))
-        self.lora_b = nnx.LoRAParam(_stacked_init(b_init, rngs.params(), (*stack, rank, fan_out), dtype))
+        # Python's numbers: one of NumPy's would widen a bfloat16 output.
+        self.rank, self.alpha, self.use_rslora = operator.index(rank), float(alpha), use_rslora
+        self.lora_a = nnx.LoRAParam(_stacked_init(a_init, rngs.params(), (*stack, fan_in, self.rank), dtype))
+        self.lora_b = nnx.LoRAParam(_stacked_init(b_init, rngs.params(), (*stack, self.rank, fan_out), dtype))
         self.dropout = _stacked_dropout(dropout, rngs, stack) if dropout else None
 
     @property

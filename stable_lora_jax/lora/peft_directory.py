@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from stable_lora_jax.lora.adapter_file import adapter_spec
-from stable_lora_jax.lora.injection import inject_lora, linear_modules, lora_modules
+from stable_lora_jax.lora.injection import inject_lora, linear_modules, listed, lora_modules
 from stable_lora_jax.lora.linear import LoRALinear
 
 ModuleName: TypeAlias = Callable[[str, int | None], str]
@@ -123,9 +123,10 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     targets = [path for path, names in slots.items() if wanted.issuperset(names)]
     known = {name for path in targets for name in slots[path]}
     if not tensors or wanted - known:
+        ours = sorted(name for names in slots.values() for name in names)
         raise ValueError(
-            f"{directory} adapts {len(wanted)} modules; the model has no match for {_some(wanted - known)}. Its own "
-            f"are {_some({name for names in slots.values() for name in names})}; an adapter must cover all layers of "
+            f"{directory} adapts {len(wanted)} modules; the model has no match for "
+            f"{listed(sorted(wanted - known), 6)}. Its own are {listed(ours, 6)}; an adapter must cover all layers of "
             "a kind. Load it onto the model it was trained on."
         )
     # Shapes first: nothing changes before everything fits.
@@ -165,16 +166,16 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{directory} lacks {' and '.join(missing)}. Give the directory that PEFT's save_pretrained wrote."
         )
     try:
-        config = json.loads((directory / CONFIG).read_text())
+        config = dict(json.loads((directory / CONFIG).read_text()))
         tensors = load_file(directory / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, TypeError) as error:
         raise ValueError(f"{directory} is damaged ({error}); copy it again.") from error
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter. Only LORA can be loaded.")
     if used := [name for name, unused in _UNUSED.items() if name in config and config[name] not in unused]:
         told = ", ".join(f"{name}={config[name]!r}" for name in used)
         raise ValueError(f"{directory} uses {told}. Only plain LoRA of one rank and alpha can be loaded.")
-    if missing := [name for name in ("r", "lora_alpha") if name not in config]:
+    if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
         raise ValueError(f"{directory / CONFIG} lacks {' and '.join(missing)}. Add them as they were in training.")
     return config, tensors
 
@@ -204,8 +205,3 @@ def _tensor(directory: str | Path, tensors: dict[str, Any], name: str) -> np.nda
     if key not in tensors:
         raise ValueError(f"{directory} lacks the tensor {key}. The file is not complete.")
     return np.asarray(tensors[key])
-
-
-def _some(names: set[str], most: int = 6) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

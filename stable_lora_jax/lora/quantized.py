@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import qwix
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
-from stable_lora_jax.lora.injection import dotted, listed, lora_modules, modules_at, place
+from stable_lora_jax.lora.injection import adapted_paths, check_one_name, dotted, listed, modules_at, place
 
 QUANTIZATIONS = ("int8", "nf4")
 _NF4_BLOCK = 64
@@ -49,12 +49,13 @@ class QuantizedLinear(nnx.Linear):
         self.kind = kind
         self.in_features, self.out_features, self.use_bias = linear.in_features, linear.out_features, linear.use_bias
         self.dtype, self.preferred_element_type = linear.dtype, linear.preferred_element_type
+        self.param_dtype = linear.kernel.dtype
         value, scale = _quantize(linear.kernel[...], kind)
         self.kernel, self.scale, self.bias = nnx.Param(value), nnx.Param(scale), linear.bias
 
-    def __call__(self, inputs: Float[Array, "*batch n"], out_sharding: None = None) -> Float[Array, "*batch m"]:
+    def __call__(self, inputs: Num[Array, "*batch n"], out_sharding: None = None) -> Float[Array, "*batch m"]:
         """As `nnx.Linear`."""
-        x = inputs.astype(self.dtype or inputs.dtype)
+        x = inputs.astype(self.dtype or jnp.promote_types(inputs.dtype, self.param_dtype))
         y = _product(x, self.kernel[...], self.scale[...], self.kind, self.preferred_element_type)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
@@ -65,12 +66,13 @@ def quantize_linears(model: Model, kind: str) -> Model:
     Adapters come after: `inject_lora` puts them around quantized layers as around others.
 
     Args:
-      model: holds Linear layers at any depth, without adapters.
+      model: holds plain Linear layers at any depth, without adapters.
       kind: "int8" or "nf4".
 
     Raises:
-      ValueError: an unknown kind; the model has adapters, or quantized layers already; it is a Linear layer itself, or
-        has one in a tuple. The model is then unchanged.
+      ValueError: an unknown kind; the model has adapters, or quantized layers already; it has a Linear layer of a
+        subclass or with a `dot_general` of its own; it is a Linear layer itself, or has one under two names or in a
+        tuple. The model is then unchanged.
 
     Example:
       >>> model = quantize_linears(nnx.Sequential(nnx.Linear(64, 16, rngs=nnx.Rngs(0))), "int8")
@@ -79,7 +81,7 @@ def quantize_linears(model: Model, kind: str) -> Model:
     """
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantize={kind!r} is unknown. Known: {', '.join(QUANTIZATIONS)}.")
-    if present := lora_modules(model):
+    if present := adapted_paths(model):
         raise ValueError(
             f"The model has LoRA adapters, at {listed(present)}. Quantize the base model, and inject or load the "
             "adapters after that."
@@ -90,10 +92,20 @@ def quantize_linears(model: Model, kind: str) -> Model:
             f"The model is quantized already, at {listed(done)}. Quantizing rounded values again would lose the "
             "weights: load the model without quantizing it, and quantize that."
         )
+    if other := [dotted(path) for path, linear in linears.items() if not _is_plain(linear)]:
+        raise ValueError(
+            f"The layers {listed(other)} are of a subclass of nnx.Linear or have a dot_general of their own, which a "
+            "quantized layer would not have. Only plain nnx.Linear layers can be quantized."
+        )
+    check_one_name(model, linears.values())
     places = {path: place(model, path) for path in linears}
     for path, linear in linears.items():
         places[path](QuantizedLinear(linear, kind))
     return model
+
+
+def _is_plain(linear: nnx.Linear) -> bool:
+    return type(linear) is nnx.Linear and linear.dot_general is jax.lax.dot_general
 
 
 @partial(jax.jit, static_argnums=1)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from stable_lora_jax.lora import (
@@ -78,6 +79,10 @@ def test_files_that_are_no_adapters(tmp_path):
     (tmp_path / "half").write_bytes((tmp_path / "whole").read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"half is not a readable safetensors file .*truncated"):
         load_adapter(tmp_path / "half", model, "tiny")
+    with safe_open(tmp_path / "whole", framework="numpy") as file:
+        save_file({"x": np.zeros(3)}, tmp_path / "emptied", metadata=file.metadata())
+    with pytest.raises(ValueError, match=r"emptied lacks what its targets name .*Copy it again"):
+        load_adapter(tmp_path / "emptied", model, "tiny")
 
 
 def test_a_model_without_adapters_or_with_two_kinds_has_no_spec(tmp_path):

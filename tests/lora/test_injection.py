@@ -71,6 +71,23 @@ def test_merged_equals_injected(make, use_rslora):
     assert jnp.abs(injected - before).max() > 1e-2
 
 
+def test_merging_rounds_once():
+    linear = nnx.Linear(64, 32, use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = randomized(inject_lora(nnx.Sequential(linear), 4, 8.0, ["0"], rngs=nnx.Rngs(1)))
+    (module,) = lora_modules(model).values()
+    a, b = np.float64(module.lora_a[...]), np.float64(module.lora_b[...])
+    exact = jnp.asarray(np.float64(linear.kernel[...]) + 8.0 / 4 * a @ b, jnp.bfloat16)
+    merge_lora(model)
+    # Float32 sums beside a rounding boundary may fall on its other side; a product in bfloat16 misses a third of all.
+    assert (np.asarray(linear.kernel[...]) != np.asarray(exact)).mean() < 0.01
+
+
+def test_a_number_of_numpy_widens_nothing():
+    linear = nnx.Linear(8, 4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = inject_lora(nnx.Sequential(linear), 2, np.float64(4), ["0"], rngs=nnx.Rngs(1))
+    assert model(jnp.ones((1, 8), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_one_layer_is_the_formula():
     x, w = np.random.default_rng(0).normal(size=(5, 8)), nnx.Linear(8, 6, rngs=nnx.Rngs(0))
     model = nnx.Sequential(w)
@@ -125,6 +142,13 @@ def test_dropout_acts_in_training_only_and_differs_between_layers_and_calls():
     np.testing.assert_array_equal(forward(model, tokens), forward(model, tokens))
     keys = jax.random.key_data(lora_modules(model)["layers.self_attn.q_proj"].dropout.rngs.key[...])
     assert len(np.unique(keys, axis=0)) == 3
+
+
+def test_dropout_leaves_the_frozen_layer_whole():
+    model, x = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0))), jnp.ones((3, 8))
+    before = model(x)
+    inject_lora(model, 2, 4.0, ["0"], rngs=nnx.Rngs(1), dropout=0.9).train()  # B = 0, so the adapter adds nothing
+    np.testing.assert_array_equal(model(x), before)
 
 
 @pytest.mark.parametrize(

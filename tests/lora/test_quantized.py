@@ -85,11 +85,30 @@ def test_values_are_split_over_a_mesh_as_kernels_are():
     assert layers["mlp"]["down_proj"]["scale"].spec == P(None, None, None)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("inputs", [jnp.int32, jnp.bfloat16])
+def test_a_layer_without_a_dtype_computes_in_that_of_its_kernel(kind, inputs):
+    linear, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 8), inputs)
+    found = QuantizedLinear(linear, kind)(x)
+    assert found.dtype == linear(x).dtype == jnp.float32
+    np.testing.assert_allclose(found, linear(x), atol=0.5)  # of rounding to 4 bits; entries are of order 1
+
+
 def test_merging_is_refused():
     model = inject_lora(quantize_linears(tiny.decoder(), "int8"), 2, 4.0, "qv", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"quantized at layers\.self_attn\.q_proj, .*without quantizing"):
         merge_lora(model)
     assert len(lora_modules(model)) == 2
+
+
+class Doubling(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def tied():
+    linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    return nnx.Dict(a=linear, b=linear)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +120,16 @@ def test_merging_is_refused():
             lambda model: inject_lora(model, 2, 4.0, ["k_proj"], rngs=nnx.Rngs(0)), "nf4",
             r"has LoRA adapters, at layers\.self_attn\.k_proj\. Quantize the base model",
         ),
+        (
+            lambda _: nnx.Sequential(nnx.LoRALinear(8, 4, lora_rank=2, rngs=nnx.Rngs(0))), "int8",
+            r"has LoRA adapters, at layers\.0\.lora\. Quantize the base model",
+        ),
+        (lambda _: nnx.Sequential(Doubling(8, 4, rngs=nnx.Rngs(0))), "int8", r"layers layers\.0 are of a subclass"),
+        (
+            lambda _: nnx.Sequential(nnx.Linear(8, 4, dot_general=jax.lax.batch_matmul, rngs=nnx.Rngs(0))), "int8",
+            r"layers layers\.0 are of a subclass of nnx\.Linear or have a dot_general of their own",
+        ),
+        (lambda _: tied(), "nf4", r"a and b are one and the same Linear layer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_quantized_is_refused_and_left_alone(change, kind, message):
