@@ -100,7 +100,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
             num_layers=raw["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // max(num_heads, 1),
             rms_norm_eps=raw["rms_norm_eps"],
             max_positions=raw["max_position_embeddings"],
             rope_theta=float(rope["rope_theta"]),

@@ -1,41 +1,31 @@
-"""Opens and writes a Hugging Face directory: config.json and safetensors files, one or sharded.
-
-safetensors files are read here rather than by the safetensors package for two reasons: its NumPy interface knows no
-bfloat16, and it maps whole files into memory, which doubles the peak while a large model is loading. The format is
-8 bytes of header length (little-endian), the header as JSON, then the tensors' bytes.
-"""
+"""Opens and writes a Hugging Face directory: config.json and safetensors files, one or sharded."""
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from stable_lora_jax.models.checkpoint import Checkpoint
 from stable_lora_jax.models.config import config_from_hf, config_to_hf
 from stable_lora_jax.models.decoder import Decoder
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """Where a tensor lies in its file; offset and size in bytes."""
+class _Tensor(NamedTuple):
+    """Where a tensor lies, and what it is."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int
-    size: int
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
@@ -155,30 +145,12 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, _Tensor]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise _damaged(file, f"its header claims {length} bytes of a file of {size}")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            tensors = {name: _tensor_entry(file, 8 + length, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(file, "its header is not a safetensors header") from error
-    needed = max((tensor.offset + tensor.size for tensor in tensors.values()), default=0)
-    if needed > size:
-        raise _damaged(file, f"it has {size} bytes and its header promises {needed}")
-    return tensors
-
-
-def _tensor_entry(file: Path, start: int, entry: dict[str, Any]) -> _Tensor:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is not None and end - begin != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise ValueError(f"{end - begin} bytes cannot hold shape {shape} of {entry['dtype']}")
-    return _Tensor(file=file, dtype=entry["dtype"], shape=shape, offset=start + begin, size=end - begin)
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+            return {name: _Tensor(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}; download or save it again.") from error
 
 
 def _read_tensor(name: str, tensor: _Tensor) -> np.ndarray:
@@ -187,9 +159,6 @@ def _read_tensor(name: str, tensor: _Tensor) -> np.ndarray:
             f"{tensor.file.name}: tensor {name} has type {tensor.dtype}; allowed are {', '.join(_DTYPES)}; "
             "save the model unquantised in one of these."
         )
-    raw = np.fromfile(tensor.file, np.uint8, count=tensor.size, offset=tensor.offset)
-    return raw.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
-def _damaged(file: Path, what: str) -> ValueError:
-    return ValueError(f"{file} is not a whole safetensors file: {what}; download or save it again.")
+    # Opened anew for every tensor: what one handle has mapped stays in memory as long as it is open.
+    with safe_open(tensor.file, framework="numpy") as opened:
+        return opened.get_tensor(name)

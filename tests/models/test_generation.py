@@ -51,6 +51,11 @@ def test_sampling_follows_the_key_and_the_temperature(model):
     assert sample(0, 1e-5) == generate(model, PROMPTS, max_new_tokens=6)
 
 
+def test_every_token_is_drawn_anew(model):
+    (answer,) = generate(model, [[3]], max_new_tokens=20, temperature=1e6, key=jax.random.key(0))
+    assert len(set(answer)) > 5  # of one draw for all, nearly flat logits would make one token
+
+
 def test_same_shapes_compile_once(model):
     generate(model, PROMPTS, max_new_tokens=6)
     compiled: Any = generation._generate
