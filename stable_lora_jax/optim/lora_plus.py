@@ -61,9 +61,8 @@ def lora_plus(
         return optax.EmptyState()
 
     def faster_b(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
-        del params
         moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
-        for pair in find_pairs(updates, labels, stack_axes):
+        for pair in find_pairs(updates if params is None else params, labels, stack_axes):
             moves[pair.b] = (ratio * moves[pair.b]).astype(moves[pair.b].dtype)
         return jax.tree.unflatten(treedef, moves), state
 

@@ -78,8 +78,9 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
     Args:
       params: pytree of arrays; None and `optax.MaskedNode` holes are passed over.
       labels: None (by name), a pytree of "lora_a"/"lora_b"/"other" with the structure of `params` or a prefix of it, or
-        a callable from `params` to such a tree. With labels, an A and a B that no naming convention links belong
-        together when a subtree holds just these two; the pair is then called by the path of its A.
+        a callable from a tree of parameters or updates to such labels. With labels, an A and a B that no naming
+        convention links belong together when a subtree holds just these two; the pair is then called by the path of
+        its A.
       stack_axes: "infer", or the axes that count matrices in every pair in which A and B both have more than two axes:
         ``(0,)`` for layers scanned over axis 0, ``(1,)`` for axis 1, ``()`` for no stack, "leading" for all but the
         last two. A callable from the pair's name says it pair by pair.
