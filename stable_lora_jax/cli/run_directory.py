@@ -60,10 +60,10 @@ def check_directory(
         if resume or newest_step(directory / _CHECKPOINTS) is not None:
             return True
     left = {path.name for path in directory.iterdir()} - {_PARTIAL} if directory.exists() else set()
-    if overwrite and left and not left & {_CONFIG, _CHECKPOINTS, _ADAPTER}:
+    if overwrite and not _is_a_run(left):
         raise ValueError(
-            f"The run directory {directory} is no run's: it holds {len(left)} things, and none of {_CONFIG}, "
-            f"{_CHECKPOINTS} and {_ADAPTER}. --overwrite replaces runs alone: empty it yourself, or choose another "
+            f"The run directory {directory} is no run's: it holds {len(left)} things, and neither {_ADAPTER} nor both "
+            f"{_CONFIG} and {_CHECKPOINTS}. --overwrite replaces runs alone: empty it yourself, or choose another "
             "--run-dir."
         )
     if overwrite or not left or (auto_resume and _may_start_over(directory, left)):
@@ -71,6 +71,11 @@ def check_directory(
     ways = "Replace it" if auto_resume else "Go on with --resume, replace it"
     why = "is not empty" + (", and not what a run leaves that had no checkpoint yet" if auto_resume else "")
     raise ValueError(f"The run directory {directory} {why}. {ways} with --overwrite, or choose another --run-dir.")
+
+
+def _is_a_run(left: set[str]) -> bool:
+    """Returns whether what is in a directory is a run, or what is left of one that was stopped while it started."""
+    return _ADAPTER in left or {_CONFIG, _CHECKPOINTS} <= left or left - {_CONFIG} <= _STARTED
 
 
 def _may_start_over(directory: Path, left: set[str]) -> bool:

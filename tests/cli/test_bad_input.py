@@ -40,6 +40,7 @@ def flags(model_dir, data_file, tmp_path):
     run.mkdir()
     (run / "precious").write_text("adapter")
     (run / "checkpoints").mkdir()
+    (run / "config.json").write_text(json.dumps({"config": {}}))
     return [
         *("train", "--model", model_dir, "--data", data_file, "--rank", 2, "--batch-size", 4, "--steps", 6),
         *("--overwrite", "--run-dir", run),

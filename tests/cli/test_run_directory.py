@@ -73,7 +73,9 @@ def test_what_a_start_deletes(tmp_path, asked, there, kept):
     [
         (PLAIN, ["thesis.tex"], "is not empty. Go on with --resume, replace it with --overwrite"),
         (PLAIN, ["checkpoints/"], "is not empty. Go on with --resume"),
-        (OVER, ["thesis.tex", "figures/"], "holds 2 things, and none of config.json, checkpoints"),
+        (OVER, ["thesis.tex", "figures/"], "holds 2 things, and neither adapter.safetensors nor both config.json"),
+        (OVER, ["config.json", "model.safetensors"], "is no run's"),  # a model
+        (OVER, ["checkpoints/3/", "thesis.tex"], "is no run's"),  # another program's
         (AUTO, ["thesis.tex"], "not what a run leaves that had no checkpoint yet"),
         (AUTO, ["metrics.jsonl"], "not what a run leaves that had no checkpoint yet"),
         (AUTO, ["checkpoints/3/"], "not what a run leaves that had no checkpoint yet"),
