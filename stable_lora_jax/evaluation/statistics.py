@@ -65,7 +65,7 @@ def paired_p_value(differences: Numbers) -> float:
     Raises:
       ValueError: no difference.
     """
-    numbers = _some(differences)
+    numbers = np.round(_some(differences), 9)  # equal differences of other numbers differ by rounding
     return float(np.asarray(stats.ttest_1samp(numbers, 0))[1]) if np.ptp(numbers) > 0 else math.nan
 
 

@@ -41,6 +41,10 @@ def test_expected_best_is_the_mean_over_all_choices(k):
     assert expected_best(values, k) == pytest.approx(by_hand, rel=1e-12)
 
 
+def test_equal_differences_have_no_p_value():
+    assert math.isnan(paired_p_value([0.65 - 0.60, 0.70 - 0.65]))  # 0.05 twice, but for the last bits
+
+
 def test_sign_test_is_exact_mcnemar():
     # Right answers of one seed each: 8 questions only the first knows, 2 only the second, 5 both, 3 none.
     first, second = np.array([1] * 8 + [0] * 2 + [1] * 5 + [0] * 3), np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 3)
