@@ -62,7 +62,7 @@ def plot_losses(runs: Mapping[str, Path]) -> Figure:
         ax.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
         mean = np.convolve(losses, np.ones(width) / width, mode="valid")
         ax.plot(steps[width - 1 :], mean, color=f"C{number}", label=label)
-    ax.set(xlabel="step", ylabel="training loss, nats a token")
+    ax.set(xlabel="step", ylabel="training loss, nats")
     ax.legend()
     return figure
 
@@ -75,8 +75,9 @@ def _draw_layers(ax: Any, steps: list[int], values: list[Any], stops: dict[tuple
     for layer in range(grid.shape[1]):
         ax.plot(steps, grid[:, layer], color=colors[layer], linewidth=0.9)
         index = tuple(int(i) for i in np.unravel_index(layer, stack)) if stack else ()
-        if index in stops:
-            height = np.interp(stops[index], steps, grid[:, layer])
+        known = np.isfinite(grid[:, layer])
+        if index in stops and known.any():
+            height = np.interp(stops[index], np.array(steps)[known], grid[known, layer])
             ax.plot([stops[index]], [height], marker="o", markersize=3.5, color=colors[layer], zorder=3)
 
 

@@ -1,6 +1,7 @@
 """The command line: ``stable-lora train | eval | generate | export | export-plots | watch | plan``."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -48,5 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             os._exit(1)  # an orderly end would wait for the process that is lost
         return 1 if isinstance(error, CheckpointError) else 2
+    except KeyboardInterrupt:  # before a training could take it
+        print("stable-lora: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     stopped_by = getattr(result, "stopped_by", None)
     return 128 + stopped_by if stopped_by else 0

@@ -68,7 +68,10 @@ def eval_command(config: EvalConfig) -> Evaluation:
     prompt_format = given_or_trained("prompt_format", config.prompt_format, config.adapter, "cloze")
     examples = encode_all(load_tokenizer(base), questions, prompt_format)
     if config.output:
+        new = not config.output.exists()
         config.output.open("a").close()  # a place that cannot be written shows before the work is done
+        if new:
+            config.output.unlink()
     model = load_with_adapter(base, config.adapter, config.dtype, quantize)
     scores = evaluate(model, examples, progress=True)
     print(json.dumps(scores.summary(), indent=2))
@@ -118,8 +121,7 @@ def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", q
     Raises:
       ValueError: an adapter that belongs to another base model; an unknown dtype or quantization.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown. Known: {', '.join(DTYPES)}.")
+    known("dtype", dtype, tuple(DTYPES))
     if adapter is None:
         return load_base(name, dtype, quantize)
     file = adapter_file(adapter)

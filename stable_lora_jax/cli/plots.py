@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from stable_lora_jax.cli.train import known
 from stable_lora_jax.plots import plot_losses, plot_norms
 
 
@@ -22,8 +23,7 @@ class PlotsConfig:
     def __post_init__(self):
         if not self.runs:
             raise ValueError("export-plots got no run directory. Give at least one, e.g. runs/demo/stable-lora.")
-        if self.file_format not in ("png", "svg", "pdf"):
-            raise ValueError(f"file_format={self.file_format!r} is unknown. Known: png, svg, pdf.")
+        known("file_format", self.file_format, ("png", "svg", "pdf"))
 
 
 def plots_command(config: PlotsConfig) -> list[Path]:

@@ -53,7 +53,7 @@ def watch_command(config: WatchConfig) -> None:
             lines = read_metrics(config.run / "metrics.jsonl")
             if any("loss" in line for line in lines):
                 live.update(_view(config.run, lines), refresh=True)
-                if config.html:
+                if config.html and any("norms" in line for line in lines):
                     _write(config.html, page(config.run, again_after=None if done else config.every))
             else:
                 live.update(Text(f"{config.run} has no step yet"), refresh=True)
@@ -98,7 +98,7 @@ def page(run: Path, again_after: float | None = None) -> str:
 def _view(run: Path, lines: list[dict[str, Any]]) -> RenderableType:
     """Returns what the terminal shows of a run with at least one step."""
     record, losses = _record(run), [line for line in lines if "loss" in line]
-    norms = [line["norms"] for line in lines if "norms" in line][-1]  # the first are those of step 0
+    norms = next((line["norms"] for line in reversed(lines) if "norms" in line), {})
     recent = statistics.fmean(line["loss"] for line in losses[-_RECENT:])
     head = Text(f"{run}  step {losses[-1]['step']}/{record.get('total_steps', '?')}", style="bold")
     head.append(f"  loss {recent:.4f}  {losses[-1]['tokens_per_second']:.0f} tok/s")

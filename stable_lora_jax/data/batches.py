@@ -169,7 +169,7 @@ class TrainBatches:
         self.batch_size = batch_size
         self._seed = seed
         self._sort_keys = np.array([(_train_width(example.length), example.num_targets) for example in examples])
-        # Two, because a prefetching thread may be one epoch ahead.
+        # Two, because a prefetching thread is one epoch ahead for a while, unless an epoch is shorter than its lead.
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     @property

@@ -37,10 +37,10 @@ def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
                 f"{path} begins with {magic!r}, version {version}; only GGUF files of version 2 and 3 (little endian) "
                 "can be read. Convert the model again with a current converter."
             )
-        _, count = _scalars(file, "Q", 2)
         try:
+            _, count = _scalars(file, "Q", 2)
             return {_string(file): _value(file, _scalars(file, "I")[0]) for _ in range(count)}
-        except (struct.error, UnicodeDecodeError) as error:
+        except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
             raise ValueError(f"{path} has a damaged or cut header ({error}); fetch the file again.") from error
 
 

@@ -70,6 +70,7 @@ def _parse(line: bytes, number: int) -> Question | Completion:
         raise ValueError(f"invalid JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, not an object")
+    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
     kind = Question if record.keys() & _FIELDS[Question] else Completion
     _check_fields(record, _FIELDS[kind])
     if kind is Completion:

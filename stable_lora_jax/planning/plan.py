@@ -116,7 +116,7 @@ class Plan:
         changes = []
         if work.temporaries > self.topology.chip.hbm // 8:
             changes += [] if load.remat else ["--remat: recompute each layer instead of keeping what it computed"]
-            if rows_a_chip > 1:
+            if rows_a_chip % 2 == 0:
                 changes.append(f"--accumulate {2 * load.accumulate}: process the batch in smaller parts")
             changes.append(f"--length {load.length // 2}, or fewer --targets-per-row: shorter rows")
         if np.dtype(load.dtype).itemsize > 2:

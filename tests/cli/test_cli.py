@@ -252,8 +252,10 @@ def test_adapter_of_another_base_is_refused(finished, model_dir, data_file, tmp_
     assert "does not belong to this model" in (message := capsys.readouterr().err)
     assert str(other) in message
     (other / "model.safetensors").unlink()  # told before the base is read
-    assert code_of(["eval", "--model", other, "--data", data_file, "--adapter", finished]) == 2
+    output = tmp_path / "scores.json"
+    assert code_of(["eval", "--model", other, "--data", data_file, "--adapter", finished, "--output", output]) == 2
     assert capsys.readouterr().err == message
+    assert not output.exists()
 
 
 def test_signals_stop_cleanly_and_resume_is_exact(train_flags, tmp_path):
@@ -263,12 +265,13 @@ def test_signals_stop_cleanly_and_resume_is_exact(train_flags, tmp_path):
     metrics, last, resume = run / "metrics.jsonl", 0, []
     for kind in (signal.SIGTERM, signal.SIGINT):
         command = [sys.executable, "-m", "stable_lora_jax.cli", *map(str, flags), "--run-dir", str(run), *resume]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
             while last_step(metrics) < last + 2 and child.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
+            assert time.monotonic() < deadline, "no step in time"
             child.send_signal(kind)
-            out, err = child.communicate(timeout=60)
+            out, err = child.communicate(timeout=120)
         assert child.returncode == 128 + kind, err
         assert last < last_step(metrics) < 120
         last, resume = last_step(metrics), ["--resume"]
@@ -313,6 +316,12 @@ def test_exit_codes_tell_what_the_same_command_may_get_past(monkeypatch, capsys,
     monkeypatch.setattr("os._exit", sys.exit)
     assert code_of(["train"]) == code
     assert capsys.readouterr().err == f"stable-lora: {error}\n"
+
+
+def test_an_interrupt_before_training_ends_quietly(monkeypatch, capsys):
+    monkeypatch.setattr("stable_lora_jax.cli.train.train_command", raising(KeyboardInterrupt()))
+    assert code_of(["train"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "stable-lora: interrupted\n"
 
 
 @pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, RuntimeError])

@@ -51,8 +51,9 @@ def losses(run):
 
 
 def wait_for_step(run, step, started):
-    deadline = time.monotonic() + 120
-    while max(losses(run), default=0) < step and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while max(losses(run), default=0) < step:
+        assert time.monotonic() < deadline, f"no step {step} in time"
         for process in started:
             assert process.poll() is None, process.communicate()
         time.sleep(0.01)

@@ -49,6 +49,12 @@ def test_a_running_run(watched, tmp_path, capsys):
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(watched / name, run)
     assert main(["watch", str(run), "--once", "--html", str(tmp_path / "page.html")]) == 0
+    # A run that went on after its metrics were lost has no norms until the next are due.
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "norms" not in line]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["watch", str(run), "--once", "--html", str(tmp_path / "later.html")]) == 0
+    assert "step 12/12" in capsys.readouterr().out
+    assert not (tmp_path / "later.html").exists()
     assert main(["watch", str(tmp_path / "none")]) == 2
     assert "no run directory" in capsys.readouterr().err
 

@@ -41,9 +41,11 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"begins with b'PK\\x03\\x04'.*only GGUF files of version 2 and 3"):
         read_gguf_metadata(path)
     with smollm2_gguf().open("rb") as whole:
-        path.write_bytes(whole.read(5000))
-    with pytest.raises(ValueError, match=r"has a damaged or cut header .*; fetch the file again"):
-        read_gguf_metadata(path)
+        start = whole.read(5000)
+    for damaged in (start, start[:12], start[:24] + b"\xff" * 8, start[:24] + b"\xff" * 7 + b"\x7f"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"has a damaged or cut header .*; fetch the file again"):
+            read_gguf_metadata(path)
     path.write_bytes(struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"k", 99))
     with pytest.raises(ValueError, match=r"value type 99 is not known; known are 0 to 12"):
         read_gguf_metadata(path)

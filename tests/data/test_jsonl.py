@@ -42,6 +42,7 @@ BAD = {
     '{"question": "q", "choices": ["a", null], "answer_index": 0}': "choice 1 is None, not a text",
     '{"question": " ", "choices": ["a", "b"], "answer_index": 0}': "question is empty",
     '{"prompt": "p", "completion": ""}': "completion is empty",
+    '{"prompt": "p", "completion": "\\ud800"}': "'utf-8' codec can't encode character",
     COMPLETION: "a completion, but the lines before hold another kind",
 }
 
