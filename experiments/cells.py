@@ -24,7 +24,7 @@ from experiments.provenance import provenance
 from stable_lora_jax.cli.evaluate import load_with_adapter
 from stable_lora_jax.cli.train import TrainConfig, described, train_command
 from stable_lora_jax.data import TASKS, Question, encode_all, hold_out, load_jsonl, load_task, load_tokenizer
-from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.evaluation import NonFiniteScoreError, evaluate
 from stable_lora_jax.training import NonFiniteLossError, newest_step, read_metrics, stop_steps
 
 Record: TypeAlias = dict[str, Any]
@@ -132,8 +132,11 @@ def run_group(group: Sequence[Cell], runs: Path, score: Score) -> Iterator[Recor
     for cell, outcome in zip(group, train_cells(group, runs), strict=True):
         start = time.perf_counter()
         if "failed" not in outcome:
-            outcome |= score(cell, runs / cell.key)
-            outcome["score_seconds"] = round(time.perf_counter() - start, 1)
+            try:
+                outcome |= score(cell, runs / cell.key)
+                outcome["score_seconds"] = round(time.perf_counter() - start, 1)
+            except NonFiniteScoreError as error:
+                outcome = {"failed": str(error)}
         yield {"key": cell.key, "train": described(cell.train), "score_on": cell.score_on} | outcome | provenance()
 
 
@@ -230,7 +233,8 @@ def train_cells(group: Sequence[Cell], runs: Path) -> list[Record]:
         return [{"failed": str(error)}]
     if result.stopped_by:
         raise SystemExit(128 + result.stopped_by)
-    outcome = {"train_seconds": round(time.perf_counter() - start, 1), "resumed": resume, "steps": result.steps}
+    seconds = None if resume else round(time.perf_counter() - start, 1)  # of a resumed run, only the rest is known
+    outcome = {"train_seconds": seconds, "resumed": resume, "steps": result.steps}
     return [outcome | {"stable_at": stable_at(directory)}]
 
 

@@ -4,10 +4,12 @@ Question:  with AdamW, does ‖A‖ stay at its start while ‖B‖ grows, and d
            the shrink change, and how does the number of steps until stable depend on λ, η, s, module and layer?
 Command:   python -m experiments.dynamics      (--help)
 Hardware:  2 CPU cores, 6 GB. Minutes: about 4 a cell, 7 cells.
-Expected:  AdamW: ‖A‖ never below its start, δ₁ above δ₂ at first. λ = 0.005, η = 5e-4, s = 2, one epoch: no q_proj of
+Expected:  AdamW: ‖A‖ never below its start, δ₁ above δ₂ throughout. λ = 0.005, η = 5e-4, s = 2, one epoch: no q_proj of
            30 becomes stable, all v_proj do, around step 222 of 281.
 
-δ₁ and δ₂ are norms of products of matrices, as white layer inputs would give them; the paper's Z are real inputs.
+δ₁ and δ₂ are norms of products of matrices, as white layer inputs would give them; the paper's Z are real inputs. ΔA is
+all that A moves by, the shrink included, so with Stable-LoRA ‖ΔA B‖ falls no lower than λ ‖A B‖ while a pair shrinks,
+also where η and with it the paper's δ₂ go to 0. One seed; the steps are medians over the matrices that stopped.
 """
 
 import itertools

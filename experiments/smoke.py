@@ -48,7 +48,8 @@ def smoke(config: Config, **changes: Any) -> Iterator[Config]:
 
 def check_resume(config: Options) -> None:
     """Raises RuntimeError unless a finished run, put back to its step 2, goes on to the same adapter and stops."""
-    line = next(line for file in config.results.glob("*.jsonl") for line in read_metrics(file))
+    lines = (line for file in config.results.glob("*.jsonl") for line in read_metrics(file))
+    line = next(line for line in lines if "train" in line)
     cell = Cell(train=TrainConfig(**line["train"]), score_on=line["score_on"])
     whole, again = config.runs / cell.key, config.runs.with_name("again") / cell.key
     shutil.copytree(whole, again)

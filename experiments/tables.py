@@ -9,30 +9,30 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from experiments.cells import Record, correctness
+from stable_lora_jax.cli.train import TrainConfig, described
 from stable_lora_jax.evaluation import (
     Estimate,
-    SignTest,
     expected_best,
     holm,
     mean_interval,
     paired_bootstrap,
     paired_p_value,
-    sign_test,
+    sign_flip_p_value,
 )
 
 Key = TypeVar("Key", bound=Hashable)
 
 # What `scored` returns.
-SCORES = ("seeds", "accuracy, %", "best of 3", "nats a token", "minus AdamW", "p", "over questions", "better : worse")
-SCORES = (*SCORES, "p", "stable")
+SCORES = ("seeds", "accuracy, %", "summed, %", "best of 3", "minus AdamW", "p", "over questions", "p")
+SCORES = (*SCORES, "nats per token", "minus AdamW", "p", "stable")
 LEGEND = """\
-± is half a 95 % interval over the seeds (Student's t). *Best of 3*: what the best of three seeds is expected to show,
-the paper's way to report. *Nats a token*: negative log-likelihood of the right answers. *Minus AdamW*: mean difference
-in points over runs of the same seed, with the p value of a paired t test; it says what other seeds may give. *Over
-questions*: 95 % bootstrap interval of that difference, for these runs and other questions. *Better : worse*: questions
-that more, or fewer, of the seeds have right than with AdamW, by however little, with the p value of the sign test. The
-p values of a table are corrected for the number of its comparisons (Holm). *Stable*: matrices that stopped shrinking,
-and the median step at which they did.
+± is half a 95 % interval over the seeds (Student's t). *Accuracy*: by likelihood per token; *summed*: by that of the
+whole answer. *Best of 3*: what the best of three seeds is expected to show, the paper's way to report. *Minus AdamW*:
+mean difference over runs of the same seed, with the p value of a paired t test; it says what other seeds may give.
+*Over questions*: 95 % bootstrap interval of the difference in accuracy, for these runs and other questions, with the p
+value of a permutation test (McNemar's, if there is one seed). *Nats*: negative log-likelihood of the right answers. The
+p values of a column are corrected for the number of comparisons (Holm), the intervals are not. *Stable*: matrices that
+stopped shrinking, and the median step at which these did.
 """
 
 
@@ -64,7 +64,8 @@ def task_of(record: Record) -> str:
 
 def setting(record: Record, *varied: str) -> str:
     """Returns all that a line was trained and scored with, but for the seed and what varies within a table."""
-    whole = record["train"] | {"score_on": record["score_on"]}
+    # Read as today's configuration, so that lines from before an option existed are not of another setting.
+    whole = described(TrainConfig(**record["train"])) | {"score_on": record["score_on"]}
     return json.dumps({name: value for name, value in whole.items() if name not in ("seed", *varied)})
 
 
@@ -79,8 +80,8 @@ def by_seed(records: Sequence[Record]) -> dict[int, Record]:
         other = found.setdefault(record["train"]["seed"], record)
         if other is not record:
             raise ValueError(
-                f"The cells {other['key']} and {record['key']} have one seed and other values. Take the lines of one "
-                "of them out of the results."
+                f"The cells {other['key']} and {record['key']} have the same seed and different settings. Take the "
+                "lines of one of them out of the results."
             )
     return dict(sorted(found.items()))
 
@@ -91,14 +92,21 @@ def percent(estimate: Estimate) -> str:
 
 
 def number(estimate: Estimate, digits: int) -> str:
-    """Returns 2.440 ± 0.012, half the interval; a single value is said to be one."""
+    """Returns 2.440 ± 0.012, half the interval; a single value is said to be one, an unknown one is a dash."""
+    if math.isnan(estimate.value):
+        return "-"
     margin = (estimate.high - estimate.low) / 2
     return f"{estimate.value:.{digits}f} " + (f"± {margin:.{digits}f}" if math.isfinite(margin) else "(one seed)")
 
 
 def of_seeds(records: Sequence[Record], field: str) -> Estimate:
-    """Returns mean and 95 % interval over the seeds."""
-    return mean_interval([record[field] for record in by_seed(records).values()])
+    """Returns mean and 95 % interval over the seeds; NaN where it was not measured."""
+    return mean_interval([record.get(field, math.nan) for record in by_seed(records).values()])
+
+
+def commits(records: Sequence[Record]) -> str:
+    """Returns the commits that made these lines."""
+    return f"Measured at {', '.join(dict.fromkeys(record['commit'] for record in records))}.\n\n"
 
 
 def best_of_three(records: Sequence[Record]) -> str:
@@ -110,39 +118,56 @@ def best_of_three(records: Sequence[Record]) -> str:
 def scored(groups: Mapping[Key, Sequence[Record]], baseline: Callable[[Key], Key]) -> dict[Key, list[str]]:
     """Returns the columns `SCORES` of every group of seeds, each compared with the group that `baseline` names."""
     pairs = {key: (groups[key], groups[baseline(key)]) for key in groups if baseline(key) in groups.keys() - {key}}
-    compared = {key: found for key, pair in pairs.items() if (found := _compared(*pair))}
-    over_seeds = dict(zip(compared, holm([each.p_seeds for each in compared.values()]), strict=True))
-    over_questions = dict(zip(compared, holm([each.test.p_value for each in compared.values()]), strict=True))
+    differing = {key: found for key, pair in pairs.items() if (found := compared(*pair))}
+    p_values = zip(*(holm([getattr(each, p) for each in differing.values()]) for p in _P_VALUES), strict=True)
+    corrected = {
+        key: each._asdict() | dict(zip(_P_VALUES, p, strict=True))
+        for (key, each), p in zip(differing.items(), p_values, strict=True)
+    }
     rows = {}
     for key, each in groups.items():
-        rows[key] = [str(len(by_seed(each))), percent(of_seeds(each, "accuracy_token")), best_of_three(each)]
-        rows[key].append(number(of_seeds(each, "nll_token"), 3) if "nll_token" in each[0] else "-")
-        if found := compared.get(key):
-            rows[key] += [percent(found.difference), _p(over_seeds[key])]
-            rows[key].append(f"{100 * found.over_questions.low:+.1f} to {100 * found.over_questions.high:+.1f}")
-            rows[key] += [f"{found.test.wins} : {found.test.losses}", _p(over_questions[key])]
+        found = corrected.get(key)
+        rows[key] = [str(len(by_seed(each))), percent(of_seeds(each, "accuracy_token"))]
+        rows[key] += [percent(of_seeds(each, "accuracy_sum")), best_of_three(each)]
+        if found:
+            low, high = (f"{100 * end:+.1f}" for end in found["over_questions"][1:])
+            rows[key] += [percent(found["points"]), _p(found["p_points"]), f"{low} to {high}", _p(found["p_questions"])]
         else:
-            rows[key] += ["-"] * 5
+            rows[key] += ["-"] * 4
+        rows[key].append(number(of_seeds(each, "nll_token"), 3))
+        rows[key] += [number(found["nats"], 3), _p(found["p_nats"])] if found else ["-"] * 2
         rows[key].append(stable_share(each))
     return rows
 
 
-class _Comparison(NamedTuple):
-    difference: Estimate
-    p_seeds: float
+class Comparison(NamedTuple):
+    """How runs differ from others of the same seeds: in accuracy, over seeds and over questions, and in nats."""
+
+    points: Estimate
+    p_points: float
     over_questions: Estimate
-    test: SignTest
+    p_questions: float
+    nats: Estimate
+    p_nats: float
 
 
-def _compared(records: Sequence[Record], baseline: Sequence[Record]) -> _Comparison | None:
+_P_VALUES = ("p_points", "p_questions", "p_nats")
+
+
+def compared(records: Sequence[Record], baseline: Sequence[Record]) -> Comparison | None:
     """Returns how the runs differ from the baseline's of the same seeds; None where they share no seed."""
     ours, theirs = by_seed(records), by_seed(baseline)
     if not (seeds := [seed for seed in ours if seed in theirs]):
         return None
-    differences = [ours[seed]["accuracy_token"] - theirs[seed]["accuracy_token"] for seed in seeds]
+    points, nats = (
+        [ours[seed].get(field, math.nan) - theirs[seed].get(field, math.nan) for seed in seeds]
+        for field in ("accuracy_token", "nll_token")
+    )
     first, second = (np.stack([correctness(side[seed]) for seed in seeds]) for side in (ours, theirs))
-    over_questions, test = paired_bootstrap(first, second), sign_test(first, second)
-    return _Comparison(mean_interval(differences), paired_p_value(differences), over_questions, test)
+    over_questions = paired_bootstrap(first, second), sign_flip_p_value(first, second)
+    return Comparison(
+        *(mean_interval(points), paired_p_value(points)), *over_questions, *(mean_interval(nats), paired_p_value(nats))
+    )
 
 
 def _p(value: float) -> str:

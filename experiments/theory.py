@@ -69,7 +69,11 @@ def by_step(sizes: np.ndarray) -> dict[str, list[float]]:
 
 
 def measure_missing(
-    file: Path, names: tuple[str, ...], wanted: Iterable[tuple[Any, list[tuple]]], measure: Callable[[Any], list[dict]]
+    file: Path,
+    names: tuple[str, ...],
+    wanted: Iterable[tuple[Any, list[tuple]]],
+    measure: Callable[[Any], list[dict]],
+    same: dict[str, Any],
 ) -> None:
     """Adds the lines that a file lacks.
 
@@ -78,8 +82,15 @@ def measure_missing(
       names: fields that tell a line from all others.
       wanted: (what to measure, those fields' values in the lines that it gives).
       measure: what to measure -> lines.
+      same: fields that all lines of the file share.
+
+    Raises:
+      ValueError: the file has lines in which they are other ones.
     """
-    made_by, done = provenance(), {tuple(line[name] for name in names) for line in read_metrics(file)}
+    lines = read_metrics(file)
+    if any(line[name] != value for line in lines for name, value in same.items()):
+        raise ValueError(f"{file} holds lines of other settings than {same}. Give another folder: --results.")
+    made_by, done = provenance(), {tuple(line[name] for name in names) for line in lines}
     for what, keys in wanted:
         if not done.issuperset(keys):
             for line in measure(what):

@@ -111,7 +111,8 @@ def main(config: WidthConfig) -> None:
         return
     file, points = config.results / "width_scaling.jsonl", itertools.product(config.exponents, METHODS, config.widths)
     wanted = [(point, [(*point, seed) for seed in range(config.seeds)]) for point in points]
-    measure_missing(file, ("c", "method", "width", "seed"), wanted, lambda point: measure(config, *point))
+    same = {"lam": config.lam, "steps": config.steps}
+    measure_missing(file, ("c", "method", "width", "seed"), wanted, lambda point: measure(config, *point), same)
     print(report(config.results))
 
 

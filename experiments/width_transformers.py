@@ -7,8 +7,8 @@ Hardware:  2 CPU cores, 4 GB. Minutes: about 3. A step costs n², so width 4096 
            long as all of these: `--widths 64 256 1024 4096` is for an accelerator.
 Expected:  the table's predictions, +- 0.15, but for the row that disagrees in experiments.width_scaling too: at c = 3/2
            and with b2 = 0.999 all sizes of Stable-LoRA vanish faster than predicted, ΔY with γ = -0.5 to -0.6. The
-           loss falls by 1 % or less on average over the seeds: so little is learned that this says nothing of training
-           to the end.
+           loss falls by 1 % or less, and at c = 3/2 hardly at all once A₀ is erased: the exponents are those of a
+           start, and say nothing of training to the end.
 
 The decoder is that of experiments.theory_decoder; η, s, λ and b2 are those of experiments.width_scaling, chosen there
 and not again. Z is what q and v project at that step, and moves as the layer below learns; δ and ΔY are what the step
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments import tables
 from experiments.theory import METHODS, by_step, constants, measure_missing, section
 from experiments.theory_decoder import MODULES, trained
 from stable_lora_jax.training import read_metrics
@@ -78,10 +79,12 @@ def report(results: Path) -> str:
         of_module = [line | {field: line[field][name] for field in ("sizes", "stable_at")} for line in lines]
         text += f"**{name}**. {section(of_module, results / f'width_transformers-{name}.png')}"
     if lines:
-        start, end = np.transpose([line["losses"] for line in lines])
-        falls = 100 * (1 - end / start)
-        text += f"The loss a token, of {start.mean():.3f} on average, falls by {falls.mean():.1f} % on average of all "
-        text += f"runs, by {falls.min():.1f} to {falls.max():.1f} %.\n"
+        rows = []
+        for (c, method), each in tables.grouped(lines, lambda line: (line["c"], line["method"])).items():
+            start, end = np.transpose([line["losses"] for line in each])
+            rows.append([f"{c:g}", method, f"{start.mean():.3f}", f"{100 * np.mean(1 - end / start):.3f}"])
+        text += "How much is learned, on average of all widths and seeds:\n\n"
+        text += tables.markdown(("c", "method", "loss per token before", "falls by, %"), rows) + "\n"
     return text
 
 
@@ -94,7 +97,8 @@ def main(config: TransformersConfig) -> None:
     pairs = itertools.product(config.widths, range(config.seeds))
     wanted = [(pair, [(*pair, *point) for point in points]) for pair in pairs]
     file, names = config.results / "width_transformers.jsonl", ("width", "seed", "c", "method")
-    measure_missing(file, names, wanted, lambda pair: measure(config, *pair))
+    same = {"lam": config.lam, "steps": config.steps}
+    measure_missing(file, names, wanted, lambda pair: measure(config, *pair), same)
     print(report(config.results))
 
 

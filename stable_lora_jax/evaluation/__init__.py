@@ -2,6 +2,7 @@
 
 from stable_lora_jax.evaluation.likelihood import (
     Evaluation,
+    NonFiniteScoreError,
     branch_log_likelihoods,
     evaluate,
     target_log_likelihoods,
@@ -9,19 +10,18 @@ from stable_lora_jax.evaluation.likelihood import (
 from stable_lora_jax.evaluation.numeric import exact_match, final_number
 from stable_lora_jax.evaluation.statistics import (
     Estimate,
-    SignTest,
     expected_best,
     holm,
     mean_interval,
     paired_bootstrap,
     paired_p_value,
-    sign_test,
+    sign_flip_p_value,
 )
 
 __all__ = [
     "Estimate",
     "Evaluation",
-    "SignTest",
+    "NonFiniteScoreError",
     "branch_log_likelihoods",
     "evaluate",
     "exact_match",
@@ -31,6 +31,6 @@ __all__ = [
     "mean_interval",
     "paired_bootstrap",
     "paired_p_value",
-    "sign_test",
+    "sign_flip_p_value",
     "target_log_likelihoods",
 ]

@@ -44,6 +44,10 @@ def branch_log_likelihoods(
     return jnp.einsum("bp,bpc->bc", target, member), member.sum(1)
 
 
+class NonFiniteScoreError(ValueError):
+    """A log-likelihood is not finite, so answers cannot be compared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Scores of questions.
@@ -107,7 +111,8 @@ def evaluate(
       progress: show a progress bar.
 
     Raises:
-      ValueError: no examples, one that the model cannot read, or a log-likelihood that is not finite.
+      ValueError: no examples, or one that the model cannot read.
+      NonFiniteScoreError: a log-likelihood that is not finite.
     """
     if not examples:
         raise ValueError("evaluate got no examples. Give at least one question.")
@@ -123,7 +128,7 @@ def evaluate(
                 per_branch = np.bincount(batch.branch[row] + 1, scores[row], minlength=len(counts[index]) + 1)
                 sums[index] = per_branch[1:]  # the first is padding
                 if not np.isfinite(sums[index]).all():
-                    raise ValueError(
+                    raise NonFiniteScoreError(
                         f"Question {index} has log-likelihoods {sums[index].tolist()}; only finite ones can be "
                         "compared. Look for weights that are not finite in the adapter, or compute in float32."
                     )

@@ -1,10 +1,10 @@
 """Means with intervals, and paired comparisons: what a table of several seeds and questions may say.
 
 Two sources of chance are kept apart. Seeds: `mean_interval` of one accuracy a seed says how far another seed may be,
-and `paired_p_value` whether others would rank two methods alike. Questions: `paired_bootstrap` and `sign_test` keep the
-trained models as they are and ask whether other questions of the same kind would rank them alike. Two methods answer
-the same questions, so both compare them question by question, which takes out that some questions are harder than
-others.
+and `paired_p_value` whether others would rank two methods alike. Questions: `paired_bootstrap` and `sign_flip_p_value`
+keep the trained models as they are and ask whether other questions of the same kind would rank them alike. Two methods
+answer the same questions, so both compare them question by question, which takes out that some questions are harder
+than others.
 """
 
 import math
@@ -23,14 +23,6 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
-
-
-class SignTest(NamedTuple):
-    """Questions that the first did better on, those that the second did, and the two-sided exact p value."""
-
-    wins: int
-    losses: int
-    p_value: float
 
 
 def mean_interval(values: Numbers, level: float = 0.95) -> Estimate:
@@ -142,23 +134,35 @@ def paired_bootstrap(
     return Estimate(float(difference.mean()), float(low), float(high))
 
 
-def sign_test(first: Numbers, second: Numbers) -> SignTest:
-    """Returns on how many questions each is better, and the exact sign test of "equally often".
+def sign_flip_p_value(first: Numbers, second: Numbers, *, resamples: int = 9_999, seed: int = 0) -> float:
+    """Returns the two-sided p value, over questions, of "no difference": every question's may as well be its opposite.
 
-    With one seed of right (1) and wrong (0) answers it is McNemar's exact test; with several, a question counts for
-    whoever has it right in more of the seeds. Ties count for nobody.
+    A permutation test of the mean difference, so a question on which many seeds differ weighs more. With one seed of
+    right (1) and wrong (0) answers it is McNemar's test. Exact where few questions differ, else by draws, which
+    resolve no less than 1 / (resamples + 1).
 
     Args:
       first: scores, (questions,) or (seeds, questions); seeds are averaged.
-      second: scores of the same questions.
+      second: scores of the same questions; the number of seeds may be another.
+      resamples: draws of a sign for every question.
+      seed: of the draws.
 
     Raises:
       ValueError: not the same number of questions, or fewer than two.
     """
     difference = np.round(_difference(first, second), 9)  # means of other numbers of seeds may differ by rounding
-    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
-    p_value = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-    return SignTest(wins, losses, float(p_value))
+    difference = difference[difference != 0]  # a sign changes nothing there
+    if len(difference) < 2:
+        return 1.0
+    found = stats.permutation_test(
+        (difference,),
+        lambda x, axis: x.sum(axis),
+        permutation_type="samples",
+        n_resamples=resamples,
+        batch=500,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
 
 
 def _difference(first: Numbers, second: Numbers) -> np.ndarray:

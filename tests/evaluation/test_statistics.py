@@ -13,7 +13,7 @@ from stable_lora_jax.evaluation import (
     mean_interval,
     paired_bootstrap,
     paired_p_value,
-    sign_test,
+    sign_flip_p_value,
 )
 
 
@@ -45,15 +45,25 @@ def test_equal_differences_have_no_p_value():
     assert math.isnan(paired_p_value([0.65 - 0.60, 0.70 - 0.65]))  # 0.05 twice, but for the last bits
 
 
-def test_sign_test_is_exact_mcnemar():
-    # Right answers of one seed each: 8 questions only the first knows, 2 only the second, 5 both, 3 none.
+def test_with_one_seed_the_sign_flip_test_is_mcnemars():
+    # 8 questions only the first knows, 2 only the second, 5 both, 3 none: few enough for all signs to be tried.
     first, second = np.array([1] * 8 + [0] * 2 + [1] * 5 + [0] * 3), np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 3)
     by_hand = 2 * sum(math.comb(10, i) for i in range(3)) / 2**10
-    assert sign_test(first, second) == pytest.approx((8, 2, by_hand))
-    assert sign_test(second, first) == pytest.approx((2, 8, by_hand))
-    assert sign_test(first, first) == (0, 0, 1.0)
-    # Several seeds: the first is right in more of the seeds on question 0 and in fewer on none; 1/3 of both is a tie.
-    assert sign_test(np.array([[1, 0], [1, 0], [0, 1]]), np.array([[0, 1], [0, 0], [1, 0]]))[:2] == (1, 0)
+    assert sign_flip_p_value(first, second) == pytest.approx(by_hand)
+    assert sign_flip_p_value(second, first) == pytest.approx(by_hand)
+    assert sign_flip_p_value(first, first) == 1.0
+    # Too many to try all: 60 against 40, within four standard errors of 9,999 draws.
+    many = np.array([1] * 60 + [0] * 40)
+    exact = stats.binomtest(60, 100).pvalue
+    assert sign_flip_p_value(many, 1 - many) == pytest.approx(exact, abs=4 * math.sqrt(exact / 9999))
+
+
+def test_with_several_seeds_the_sign_flip_test_weighs_by_how_many_differ():
+    # Three questions on which one seed of two is better, one on which both are worse: 1/2 + 1/2 + 1/2 - 1 = 1/2.
+    first, second = np.array([[1, 1, 1, 0], [0, 0, 0, 0]]), np.array([[0, 0, 0, 1], [0, 0, 0, 1]])
+    sums = [abs(sum(s * d for s, d in zip(signs, (1, 1, 1, 2), strict=True))) for signs in
+            itertools.product((1, -1), repeat=4)]  # fmt: skip
+    assert sign_flip_p_value(first, second) == pytest.approx(np.mean(np.array(sums) >= 1))
 
 
 def test_bootstrap_interval_agrees_with_the_normal_one_for_many_questions():
@@ -84,7 +94,7 @@ def test_pairing_takes_out_how_hard_questions_are():
         (lambda: mean_interval([1.0, 2.0], 95), r"level=95 is not in \(0, 1\)"),
         (lambda: expected_best([1.0, 2.0], 3), r"k=3 is not in \[1, 2\].*more seeds"),
         (lambda: paired_bootstrap([1, 0, 1], [1, 0]), r"of 3 and 2 questions.*same questions"),
-        (lambda: sign_test([1], [0]), r"of 1 and 1 questions.*at least two"),
+        (lambda: sign_flip_p_value([1], [0]), r"of 1 and 1 questions.*at least two"),
     ],
 )
 def test_errors(call, told):

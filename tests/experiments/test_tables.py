@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 
-from experiments import tables, theory
+from experiments import qa_tables, tables, theory
+from experiments.cells import append
 
 
 def line(method: str, seed: int, bits: str, **train) -> dict:
     train = {"data": "arc_easy", "method": method, "seed": seed, "lam": 0.1} | train
     share = bits.count("1") / len(bits)
     scores = {"accuracy_token": share, "nll_token": 1 - share, "correct_token": bits, "stable_at": {"q": [0, 3]}}
+    scores["accuracy_sum"] = share / 2
     return {"key": f"{method}-{seed}", "train": train, "score_on": "test"} | scores
 
 
@@ -19,23 +21,27 @@ STABLE = [line("stable-lora", seed, bits) for seed, bits in enumerate(("10000111
 
 def test_a_row_of_scores():
     rows = tables.scored({"adamw": ADAMW, "stable-lora": STABLE, "alone": ADAMW[:1]}, lambda name: "adamw")
-    assert dict(zip(tables.SCORES[:4], rows["adamw"][:4], strict=True)) == {
-        "seeds": "3",
-        "accuracy, %": "43.3 ± 14.3",  # 50, 40 and 40: standard error 3.33, t = 4.303
-        "best of 3": "50.0",
-        "nats a token": "0.567 ± 0.143",
-    }
-    assert rows["adamw"][4:] == ["-"] * 6  # nothing to compare with, nothing that shrinks
-    seeds, accuracy, best, _, difference, p_seeds, interval, counts, p_questions, stable = rows["stable-lora"]
+    # 50, 40 and 40: standard error 3.33, t = 4.303. Nothing to compare with, nothing that shrinks.
+    first = ["3", "43.3 ± 14.3", "21.7 ± 7.2", "50.0", *("-",) * 4, "0.567 ± 0.143", *("-",) * 3]
+    assert rows["adamw"] == first
+    assert len(first) == len(tables.SCORES)
+    seeds, accuracy, _, best, difference, p_seeds, interval, p_questions, *rest = rows["stable-lora"]
     assert (seeds, accuracy, best) == ("3", "63.3 ± 14.3", "70.0")
     assert difference == "20.0 ± 24.8"  # 10, 30 and 20: standard error 5.77
     assert p_seeds == "0.074"  # t = 3.464 with 2 degrees of freedom, and no other comparison that has a p value
     low, high = (float(end) for end in interval.split(" to "))
     assert low <= 20 <= high
     # Better on questions 0, 1, 5 and 9, worse on none: 2 / 16; the other comparison's 1.0 doubles it.
-    assert (counts, p_questions) == ("4 : 0", "0.250")
-    assert stable == "3 of 6, step 3"
-    assert rows["alone"][4:9] == ["0.0 (one seed)", "-", "+0.0 to +0.0", "0 : 0", "1.000"]
+    assert p_questions == "0.250"
+    assert rest == ["0.367 ± 0.143", "-0.200 ± 0.248", "0.074", "3 of 6, step 3"]
+    assert rows["alone"][4:8] == ["0.0 (one seed)", "-", "+0.0 to +0.0", "1.000"]
+    assert rows["alone"][9:11] == ["0.000 (one seed)", "-"]
+
+
+def test_what_was_not_measured_is_a_dash():
+    without = [{k: v for k, v in each.items() if k not in ("nll_token", "accuracy_sum")} for each in (*ADAMW, *STABLE)]
+    row = tables.scored({"adamw": without[:3], "stable-lora": without[3:]}, lambda name: "adamw")["stable-lora"]
+    assert (row[1], row[2], row[8:11]) == ("63.3 ± 14.3", "-", ["-"] * 3)
 
 
 def test_failed_cells_are_counted_and_left_out():
@@ -48,7 +54,9 @@ def test_lines_of_two_settings_are_never_one_mean():
     other = line("stable-lora", 1, "1111111111", model="a larger one")
     assert tables.setting(other, "method") != tables.setting(STABLE[1], "method")
     assert tables.setting(ADAMW[0], "method") == tables.setting(STABLE[1], "method")
-    with pytest.raises(ValueError, match="stable-lora-1 and stable-lora-1 have one seed and other values"):
+    # A line from before an option existed did what is today's default.
+    assert tables.setting(line("adamw", 0, "01", use_rslora=False)) == tables.setting(line("adamw", 0, "01"))
+    with pytest.raises(ValueError, match="stable-lora-1 and stable-lora-1 have the same seed and different settings"):
         tables.scored({"stable-lora": [*STABLE, other]}, lambda name: "adamw")
 
 
@@ -67,3 +75,30 @@ def test_predictions_of_the_theorem():
     # Before A₀ is erased, γ[A Z] = max(0, 1 - c) and δ₁ has γ[s] + γ[η] + γ[A Z]; section 3 of arXiv 2603.05204.
     assert theory.predicted(1.5, "adamw") == {"A Z": 0, "B": -1.5, "δ₁": 0.5, "δ₂": 0, "δ₃": 0, "ΔY": 0.5}
     assert theory.predicted(1.5, "stable-lora")["ΔY"] == theory.predicted(0.5, "adamw")["ΔY"] == 0
+
+
+def test_a_table_of_methods_says_what_a_number_is_worth(tmp_path):
+    common = {"model": "tiny", "dtype": "float32", "rank": 2, "learning_rate": 2e-3, "alpha": 4.0, "lam": 0.0}
+    fields = {"questions": 10, "steps": 4, "commit": "abc"}
+
+    def write(name, method, seed, bits, **train):
+        made = line(method, seed, bits, **common | {"batch_size": 4} | train) | fields
+        append(tmp_path / f"{name}.jsonl", made | {"score_on": "holdout"} if name == "qa_search" else made)
+
+    for rate, bits in ((1e-3, "1110000000"), (2e-3, "1111000000")):
+        write("qa_search", "adamw", 100, bits, learning_rate=rate, holdout=4)
+    for seed in range(2):
+        write("qa", "adamw", seed, "1111000000")
+        write("qa", "stable-lora", seed, "1111110000", learning_rate=1e-3, lam=0.1)
+        write("qa_controls", "adamw", seed, "1111100000", learning_rate=1e-3)
+    base = {"accuracy_token": 0.25, "accuracy_sum": 0.5, "nll_token": 3.0}
+    known = {"data": "arc_easy", "score_on": "test", "model": "tiny", "dtype": "float32"}
+    append(tmp_path / "qa_references.jsonl", known | {"base": base, "longest_answer": 0.4})
+    told = qa_tables.report(tmp_path)
+    assert "| adamw | 0.002*, 2, - | 40.0, 30.0 … 30.0 of 2 | 2 | 40.0 ± 0.0 | 20.0 ± 0.0 | - |" in told  # at the end
+    assert "| stable-lora | 0.001, 2, 0.1 | - | 2 | 60.0 ± 0.0 | 30.0 ± 0.0 | - | 20.0 ± 0.0 | - |" in told
+    assert "Before training: 25.0 %, summed 50.0 %, 3.000 nats per token." in told
+    assert "the most characters: 40.0 %." in told
+    assert "AdamW at Stable-LoRA's η = 0.001 and s = 2: 50.0 ± 0.0 %, 0.500 ± 0.000 nats per token." in told
+    assert "Stable-LoRA minus that: 10.0 ± 0.0 points, -0.100 ± 0.000 nats" in told
+    assert "Measured at abc." in told
