@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from experiments.bench_train import ANSWER, BATCH, peak_gigabytes, random_rows, timed
-from experiments.provenance import machine, versions
+from experiments.provenance import commit, machine, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def main(config: BenchConfig) -> None:
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
     result = {"command": "make bench-sweep", "dtype": config.dtype, "length": config.length, "machine": machine()}
-    result |= {"versions": versions("jax", "flax", "optax"), "rows": rows}
+    result |= {"commit": commit(), "versions": versions("jax", "flax", "optax"), "rows": rows}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

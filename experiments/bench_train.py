@@ -101,9 +101,9 @@ def table(result: dict[str, Any]) -> str:
     """Returns the README's table."""
     rows = [
         "| base | length | ours, s | bare JAX, s | PEFT on torch, s | PEFT / ours | floor in XLA, s | in torch, s "
-        "| compile, s | memory, GB | shrink |"
+        "| compile, s | memory, GB |"
     ]
-    rows.append("|" + "---|" * 11)
+    rows.append("|" + "---|" * 10)
     for cell in result["cells"]:
         ours, bare, peft = cell["ours"], cell["bare"], cell.get("peft", {})
         theirs = peft.get("median_seconds")
@@ -112,8 +112,7 @@ def table(result: dict[str, Any]) -> str:
             + (f"{theirs:.2f} | {theirs / ours['median_seconds']:.2f} | " if theirs else "- | - | ")
             + f"{ours['floor_seconds']:.2f} | "
             + (f"{peft['floor_seconds']:.2f} | " if theirs else "- | ")
-            + f"{ours['compile_seconds']:.1f} | {ours['peak_gigabytes']:.2f} | "
-            + f"{ours['shrink_share']:.3%} |"
+            + f"{ours['compile_seconds']:.1f} | {ours['peak_gigabytes']:.2f} |"
         )
     return "\n".join(rows)
 

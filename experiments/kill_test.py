@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.provenance import machine, versions
+from experiments.provenance import commit, machine, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ def run(config: KillConfig, directory: Path) -> dict[str, Any]:
         "megabits_compared": round(judge.bits / 1e6, 2),
         "differing_bits": 0,  # else an error was raised
         "seconds": round(time.monotonic() - start),
+        "commit": commit(),
         "machine": machine(),
         "versions": versions("jax", "flax", "optax", "orbax-checkpoint"),
     }

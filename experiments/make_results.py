@@ -1,11 +1,10 @@
 """Makes every table and figure again from what was measured: experiments/results/*.md and *.png, the README's tables.
 
 Command:   make results            (or python -m experiments.make_results)
-Hardware:  any. Minutes: 0.2.
+Hardware:  any. Minutes: 0.3.
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from experiments import (
     overhead,
     plan_tables,
     qa,
+    qa_tables,
     quantize,
     targets,
     width_scaling,
@@ -38,13 +38,12 @@ EXPERIMENTS = {
     "width_scaling": width_scaling,
     "width_transformers": width_transformers,
 }
-PAGES = EXPERIMENTS | {"bench_sweep": bench_sweep}  # measured by `make bench-sweep`
+PAGES = EXPERIMENTS | {"bench_sweep": bench_sweep, "quantize": quantize, "plan": plan_tables}  # each has a command
 # README block -> (what makes its table, the file it is made from)
 TABLES = {
     "demo": (demo.table, "demo/results.json"),
     "bench_train": (bench_train.table, "bench_train.json"),
     "bench_optimizers": (bench_optimizers.short_table, "bench_optimizers.json"),
-    "quantize": (quantize.table, "quantize.json"),
 }
 
 
@@ -56,8 +55,6 @@ class ResultsConfig:
     """Folder of the lines."""
     readme: Path = Path("README.md")
     """Gets tables between its markers."""
-    shown: tuple[str, ...] = ("qa",)
-    """Experiments whose tables the README shows; it links to the others."""
 
 
 def sections(results: Path) -> dict[str, str]:
@@ -73,10 +70,10 @@ def page(name: str, text: str) -> str:
     return f"# {title}\n\n```\n{rest.strip()}\n```\n\n{text.strip()}\n"
 
 
-def readme(text: str, made: dict[str, str], results: Path, shown: tuple[str, ...]) -> str:
+def readme(text: str, made: dict[str, str], results: Path) -> str:
     """Returns the README with its tables made again."""
     blocks = {name: make(json.loads((results / file).read_text())) for name, (make, file) in TABLES.items()}
-    blocks |= {"plan": plan_tables.table(results / "plan"), "results": section(made, results, shown)}
+    blocks |= {"qa": qa_tables.short(results), "results": section(made, results)}
     for name, block in blocks.items():
         begin, end = f"<!-- {name}: made by `make results`, do not edit -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
@@ -87,16 +84,10 @@ def readme(text: str, made: dict[str, str], results: Path, shown: tuple[str, ...
     return text
 
 
-def section(made: dict[str, str], results: Path, shown: tuple[str, ...]) -> str:
-    """Returns the README's section."""
-    parts = []
-    for name, text in made.items():
-        title = (PAGES[name].__doc__ or "").partition("\n")[0].rstrip(".")
-        parts.append(f"[{title}]({(results / name).as_posix()}.md)")
-        if name in shown:
-            without_figures = re.sub(r"!\[.*?\]\(.*?\)\n*", "", text)
-            parts.append(without_figures.strip())
-    return "\n\n".join(parts)
+def section(made: dict[str, str], results: Path) -> str:
+    """Returns the README's list of pages."""
+    titles = {name: (PAGES[name].__doc__ or "").partition("\n")[0].rstrip(".") for name in made}
+    return "\n".join(f"* [{title}]({(results / name).as_posix()}.md)" for name, title in titles.items())
 
 
 def main(config: ResultsConfig) -> None:
@@ -105,7 +96,7 @@ def main(config: ResultsConfig) -> None:
         (config.results / f"{name}.md").write_text(page(name, text))
     report = config.results / "demo" / "report.md"
     report.write_text(demo.report(json.loads(report.with_name("results.json").read_text())))
-    config.readme.write_text(readme(config.readme.read_text(), made, config.results, config.shown))
+    config.readme.write_text(readme(config.readme.read_text(), made, config.results))
     print(f"Made {', '.join(made)}.")
 
 

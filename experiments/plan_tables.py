@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import tyro
 
+from experiments.provenance import commit
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
 from stable_lora_jax.planning import Workload, parse_topology, plan_step
 
@@ -49,9 +50,15 @@ def main(config: PlanTablesConfig) -> None:
             )
             plan = plan_step(workload, topology, sizes, use_compiler=True)
             seconds = round(time.perf_counter() - start, 1)
-            record = {"command": "make plan", "model": model, "planning_seconds": seconds, **plan.to_json()}
+            record = {
+                "command": "make plan",
+                "commit": commit(),
+                "model": model,
+                "planning_seconds": seconds,
+                **plan.to_json(),
+            }
             file = config.out / file_name(model, name)
-            file.write_text(json.dumps(record, indent=1) + "\n")
+            file.write_text(json.dumps(record | plan.to_json(), indent=1) + "\n")
             print(f"{file}: {seconds} s", flush=True)
     print(table(config.out))
 
@@ -63,7 +70,7 @@ def file_name(model: str, slice_name: str) -> str:
 def table(folder: Path) -> str:
     """Returns a Markdown table of the plans in a folder."""
     files = [folder / file_name(model, name) for model in MODELS for name in SLICES]
-    records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
+    records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files if file.exists()]
     lines = [
         "| model | slice | mesh | rows | memory a chip, GiB | TFLOP a chip | links, GiB a chip | binds | step, s "
         "| tokens a second |",
@@ -84,6 +91,11 @@ def table(folder: Path) -> str:
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def report(results: Path) -> str:
+    """Returns the table, if there are plans."""
+    return table(results / "plan") if (results / "plan").exists() else ""
 
 
 if __name__ == "__main__":

@@ -41,18 +41,38 @@ def report(results: Path) -> str:
     return text + tables.failures(records) + (f"{tables.LEGEND}{CHANCE}" if text else "")
 
 
+def short(results: Path) -> str:
+    """Returns the README's table: the tasks side by side, accuracy and likelihood, and their differences from AdamW."""
+    header, rows = ["method"], {}
+    wanted = [tables.SCORES.index(name) for name in ("accuracy, %", "minus AdamW", "nats per token")]
+    wanted.append(wanted[-1] + 1)  # "minus AdamW" stands there twice
+    for of_task in tables.grouped(read_lines("qa", results), lambda r: tables.setting(r, *VARIED)).values():
+        header += [f"{tables.task_of(of_task[0])}: accuracy, %", "minus AdamW", "nats per token", "minus AdamW"]
+        if line := _reference(of_task[0], results):
+            base = [f"{100 * line['base']['accuracy_token']:.1f}", "-", f"{line['base']['nll_token']:.3f}", "-"]
+            rows.setdefault("before training", []).extend(base)
+            rows.setdefault("longest answer", []).extend([f"{100 * line['longest_answer']:.1f}", "-", "-", "-"])
+        methods = tables.grouped(of_task, lambda record: record["train"]["method"])
+        for method, row in tables.scored(methods, lambda method: "adamw").items():
+            rows.setdefault(method, []).extend(row[column] for column in wanted)
+    return tables.markdown(header, [[name, *cells] for name, cells in rows.items()])
+
+
 def _without_training(one: Record, results: Path) -> str:
     """Returns a sentence about the base model and the longest answer, on the questions of a line."""
+    if not (line := _reference(one, results)):
+        return ""
+    base = line["base"]
+    return (
+        f"Before training: {100 * base['accuracy_token']:.1f} %, summed {100 * base['accuracy_sum']:.1f} %, "
+        f"{base['nll_token']:.3f} nats per token. Always choosing the answer with the most characters: "
+        f"{100 * line['longest_answer']:.1f} %.\n\n"
+    )
+
+
+def _reference(one: Record, results: Path) -> Record | None:
     known = {"score_on": one["score_on"]} | {name: one["train"][name] for name in ("data", "model", "dtype")}
-    for line in read_lines("qa_references", results):
-        if line.items() >= known.items():
-            base = line["base"]
-            return (
-                f"Before training: {100 * base['accuracy_token']:.1f} %, summed {100 * base['accuracy_sum']:.1f} %, "
-                f"{base['nll_token']:.3f} nats per token. Always choosing the answer with the most characters: "
-                f"{100 * line['longest_answer']:.1f} %.\n\n"
-            )
-    return ""
+    return next((line for line in read_lines("qa_references", results) if line.items() >= known.items()), None)
 
 
 def _at_its_numbers(stable: Sequence[Record], control: Sequence[Record]) -> str:

@@ -84,7 +84,7 @@ def base_bytes(model: nnx.Module) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the README's table."""
+    """Returns the table."""
     lines = [
         f"| base | MB | accuracy per token, before | after {result['steps']} steps | nats a token, before | after |",
         "|" + "---|" * 6,
@@ -96,6 +96,18 @@ def table(result: dict[str, Any]) -> str:
             f"{after['accuracy_token']:.1%} | {before['nll_token']:.3f} | {after['nll_token']:.3f} |"
         )
     return "\n".join(lines)
+
+
+def report(results: Path) -> str:
+    """Returns the table with what it was measured on, if it has been."""
+    file = results / "quantize.json"
+    if not file.exists():
+        return ""
+    result = json.loads(file.read_text())
+    seconds = ", ".join(f"{name} {row['train_seconds']:.0f}" for name, row in result["rows"].items())
+    where = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    told = f"Seconds of the {result['steps']} steps, loading and compiling included: {seconds}. {where}."
+    return f"{table(result)}\n\n{told}\n"
 
 
 if __name__ == "__main__":

@@ -33,5 +33,5 @@ def test_committed_tables_are_those_of_the_committed_lines(tmp_path, monkeypatch
         assert (results / f"{name}.md").read_text() == make_results.page(name, text), "run make results"
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text()
-    again = make_results.readme(text, made, Path("experiments/results"), make_results.ResultsConfig.shown)
+    again = make_results.readme(text, made, Path("experiments/results"))
     assert text == again, "run make results"
