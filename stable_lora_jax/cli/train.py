@@ -178,11 +178,6 @@ class TrainConfig:
         check_range("warmup", self.warmup, 0, 1, "It is the share of the steps that the learning rate rises for.")
         if self.keep < 1:
             raise ValueError(f"keep={self.keep} is below 1. Keep at least the newest checkpoint.")
-        if self.accumulate < 1 or self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}. Choose accumulate "
-                "among the divisors of the batch size."
-            )
         if self.resume + self.auto_resume + self.overwrite > 1:
             raise ValueError("--resume, --auto-resume and --overwrite exclude each other. Choose one of them.")
 

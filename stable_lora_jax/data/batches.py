@@ -221,9 +221,7 @@ class BatchRows:
         return self.batches.rows(step, self.chosen)
 
 
-def eval_batches(
-    examples: Sequence[Encoded], *, max_tokens: int = 2048, max_length: int | None = 8192
-) -> list[tuple[list[int], Batch]]:
+def eval_batches(examples: Sequence[Encoded], *, max_tokens: int = 2048) -> list[tuple[list[int], Batch]]:
     """Batches that hold every example once, longest first, so that too little memory shows at once.
 
     Examples of about one length form a group, cut evenly into batches of one shape: one compilation per group.
@@ -231,19 +229,16 @@ def eval_batches(
     Args:
         examples: usually with all branches.
         max_tokens: most tokens of a batch, B * T. A longer row stands alone.
-        max_length: longest row allowed, in tokens; any if None.
 
     Returns:
         (indices of the examples, batch) pairs; row i of the batch is the example `indices[i]`, further rows are
         padding.
 
     Raises:
-        ValueError: an example that is too long, or max_tokens below 1.
+        ValueError: max_tokens is below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1. Leave it out for 2048.")
-    if max_length is not None:
-        _check_lengths(examples, max_length)
     batches = []
     for group in _groups_by_width(examples, max_tokens // 2):
         width = _eval_width(examples[group[0]].length)

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from stable_lora_jax.planning.program import Collective, read_collectives
 from stable_lora_jax.planning.workload import StepShapes, Workload, lower, step_shapes
-from stable_lora_jax.training.sharding import AnyMesh, frozen_shardings
+from stable_lora_jax.training.sharding import AXES, AnyMesh, frozen_shardings
 from stable_lora_jax.training.step import train_step
 
 
@@ -176,4 +176,4 @@ def _bytes(tree: Any) -> int:
 
 def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
     """Returns a mesh of sizes alone."""
-    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+    return AbstractMesh((data, fsdp, tensor), AXES)
