@@ -228,9 +228,10 @@ def step_milliseconds() -> float:
     return 1e3 * cell["ours"]["median_seconds"]
 
 
-def share_of_step(update: dict[str, float], name: str) -> float:
-    """Returns what a method's update of SmolLM2-135M's pairs takes beyond AdamW's, as a share of a training step."""
-    return (update[name] - update["AdamW"]) / step_milliseconds()
+def share_of_step(update: dict[str, float], name: str) -> str:
+    """Returns what a method's update of SmolLM2-135M's pairs takes beyond AdamW's, in percent of a training step."""
+    share = round(100 * (update[name] - update["AdamW"]) / step_milliseconds(), 2)
+    return f"{share:+.2f}%" if share else "0"
 
 
 def short_table(result: dict[str, Any]) -> str:
@@ -243,7 +244,7 @@ def short_table(result: dict[str, Any]) -> str:
     separate, stacked, smol = run["separate"], run["stacked"], run["smollm2_135m"]
     for name, paper in PAPER.items():
         shown = [f"{each[name]:.2f} | {each[name] / each['AdamW']:.2f}" for each in (separate, stacked)]
-        lines.append(f"| {name} | {' | '.join(shown)} | {share_of_step(smol, name):+.2%} | {paper} |")
+        lines.append(f"| {name} | {' | '.join(shown)} | {share_of_step(smol, name)} | {paper} |")
     for name, each in separate.items():
         if "torch" in name or "PEFT" in name:
             lines.append(f"| {name} | {each:.2f} | {each / separate['torch AdamW']:.2f} of torch's | - | - | - | - |")
@@ -264,7 +265,7 @@ def table(result: dict[str, Any]) -> str:
             if name in smol:
                 stacked = run["stacked"]
                 row += f"{stacked[name]:.2f} | {stacked[name] / stacked['AdamW']:.2f} | "
-                row += f"{share_of_step(smol, name):+.2%} |"
+                row += f"{share_of_step(smol, name)} |"
             else:
                 row += "- | - | - |"
             lines.append(row)

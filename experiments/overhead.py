@@ -63,7 +63,7 @@ def report(results: Path) -> str:
     (update,) = (run["smollm2_135m"] for run in runs if run["threads"] == 1)
     rows = []
     for name, method in METHODS.items():
-        times = f"{update[name]:.2f}", f"{share_of_step(update, name):+.2%}"
+        times = f"{update[name]:.2f}", share_of_step(update, name)
         rows.append([name, *times, f"{state_bytes(method) / 1e3:,.1f}", PAPER[name]])
     header = ("method", "update, ms", "over AdamW, of a training step", "state, kB", "in the paper, time")
     return tables.markdown(header, rows) + "\n\n"
