@@ -22,8 +22,8 @@ import numpy as np
 
 from experiments.provenance import provenance
 from stable_lora_jax.cli.evaluate import load_with_adapter
-from stable_lora_jax.cli.train import TrainConfig, described, train_command
-from stable_lora_jax.data import TASKS, Question, encode_all, hold_out, load_jsonl, load_task, load_tokenizer
+from stable_lora_jax.cli.train import TrainConfig, described, train_command, training_items
+from stable_lora_jax.data import Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import NonFiniteScoreError, evaluate
 from stable_lora_jax.training import NonFiniteLossError, newest_step, read_metrics, stop_steps
 
@@ -167,8 +167,7 @@ def questions(cell: Cell) -> list[Question]:
     if cell.score_on.endswith((".jsonl", ".jsonl.gz")):
         items = load_jsonl(cell.score_on)
     elif cell.score_on == "holdout":
-        whole = load_task(train.data, "train", source=train.source) if train.data in TASKS else load_jsonl(train.data)
-        items = hold_out(whole, train.holdout)[1]
+        _, items = training_items(train)
     else:
         items = load_task(train.data, cell.score_on, source=train.source)
     return [item for item in items if isinstance(item, Question)]

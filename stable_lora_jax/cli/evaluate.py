@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from stable_lora_jax.cli.train import DTYPES, TrainConfig, known, known_data, load_base
+from stable_lora_jax.cli.train import DTYPES, TrainConfig, known, known_data, load_base, training_items
 from stable_lora_jax.data import PROMPT_FORMATS, TASKS, Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec
@@ -32,7 +32,7 @@ class EvalConfig:
     data: str = "arc_easy"
     """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag) or a .jsonl file of questions."""
     split: str = "validation"
-    """train, validation or test."""
+    """train, validation, test, or holdout: those of the training questions that the adapter's run kept out."""
     source: Literal["wheel", "hub"] = "wheel"
     """wheel or hub."""
     prompt_format: str | None = None
@@ -57,8 +57,12 @@ class EvalConfig:
 
 def eval_command(config: EvalConfig) -> Evaluation:
     """Runs `stable-lora eval` and returns the scores; see `EvalConfig`."""
-    items = load_task(config.data, config.split, source=config.source) if config.data in TASKS else None
-    items = load_jsonl(config.data) if items is None else items
+    if config.split == "holdout":
+        items = _held_out(config)
+    elif config.data in TASKS:
+        items = load_task(config.data, config.split, source=config.source)
+    else:
+        items = load_jsonl(config.data)
     questions = [item for item in items if isinstance(item, Question)]
     if not questions:
         raise ValueError(f"{config.data} holds completions; eval needs questions with choices and answer_index.")
@@ -78,6 +82,19 @@ def eval_command(config: EvalConfig) -> Evaluation:
     if config.output:
         config.output.write_text(json.dumps(scores.summary(), indent=2) + "\n")
     return scores
+
+
+def _held_out(config: EvalConfig) -> list[Any]:
+    """Returns what the adapter's run kept out of training."""
+    run = trained_with(config.adapter)
+    if not run.get("holdout"):
+        raise ValueError(
+            "split='holdout' asks for what a run kept out of training, and there is no run that did. Give --adapter "
+            "with the directory of one that was trained with --holdout, or another --split."
+        )
+    if config.data != run["data"]:
+        raise ValueError(f"split='holdout' is of the run's own data: give --data {run['data']}, not {config.data}.")
+    return training_items(TrainConfig(**run))[1]
 
 
 def base_of(given: str | None, adapter: Path | None) -> str:

@@ -64,7 +64,8 @@ class TrainConfig:
     drop_overlap: bool = False
     """Leave out train questions that reappear in validation or test."""
     holdout: int = 0
-    """Keep this many questions out of training, to choose hyper-parameters on; always the same ones."""
+    """Keep this many questions out of training, to choose hyper-parameters on; always the same ones. `eval --split
+    holdout` scores them."""
     method: str = "stable-lora"
     """adamw, stable-lora, lora-plus, riemannian or lora-rite."""
     lam: float = 0.001
@@ -318,18 +319,22 @@ def update_rule(
     return optimizer, rate
 
 
-def load_training_examples(config: TrainConfig) -> list[Encoded]:
-    """Returns the training data as token numbers, with the branches that the loss needs."""
-    items: Any
+def training_items(config: TrainConfig) -> tuple[list[Any], list[Any]]:
+    """Returns the questions or completions that are trained on, and those that are kept out."""
     if config.data in TASKS:
         items = load_task(config.data, "train", source=config.source, drop_overlap=config.drop_overlap)
     else:
         items = load_jsonl(config.data)
+    return hold_out(items, config.holdout) if config.holdout else (list(items), [])
+
+
+def load_training_examples(config: TrainConfig) -> list[Encoded]:
+    """Returns the training data as token numbers, with the branches that the loss needs."""
+    items, _ = training_items(config)
     if config.loss == "choices" and isinstance(items[0], Completion):
         raise ValueError(
             f"loss='choices' compares answers; {config.data} holds completions. Leave --loss out for them."
         )
-    items = hold_out(items, config.holdout)[0] if config.holdout else items
     examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
     return [right_branch_only(example) for example in examples] if config.loss == "answer" else examples
 

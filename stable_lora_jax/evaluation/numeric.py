@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-_NUMBER = re.compile(r"(?P<minus>(?<!\d)-)?\$?(?P<whole>\d[\d,]*)?(?P<rest>\.\d+)?(?:/(?P<below>[1-9]\d*))?")
+_NUMBER = re.compile(r"(?P<minus>(?<!\d)[-−])?\$?(?P<whole>\d[\d,]*)?(?P<rest>\.\d+)?(?:/(?P<below>[1-9]\d*))?")
 # GSM8K ends in "#### 18", MetaMathQA in "The answer is: 18".
 _MARKS = re.compile(r"####|the answer is:?", re.IGNORECASE)
 

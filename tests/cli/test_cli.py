@@ -16,7 +16,7 @@ from flax import nnx
 from stable_lora_jax import training
 from stable_lora_jax.cli import main, run_directory
 from stable_lora_jax.cli.evaluate import load_with_adapter
-from stable_lora_jax.data import encode_all, load_jsonl, load_tokenizer
+from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
 from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError, read_metrics
 
@@ -243,6 +243,25 @@ def test_a_model_that_devices_share_is_loaded_on_the_host(train_flags, tmp_path,
     assert code_of([*shared, "--run-dir", tmp_path / "none"]) == 2
     assert "leaves out the CPU, where a model that 4 devices share is loaded" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_what_a_run_kept_out_is_scored(train_flags, model_dir, data_file, finished, tmp_path, capsys):
+    run, output = tmp_path / "run", tmp_path / "scores.json"
+    assert code_of([*train_flags, "--holdout", 8, "--steps", 1, "--run-dir", run]) == 0
+    held = ["eval", "--split", "holdout", "--output", output]
+    assert code_of([*held, "--data", data_file, "--adapter", run]) == 0
+    scores = json.loads(output.read_text())
+    held_out = encode_all(load_tokenizer(str(model_dir)), hold_out(load_jsonl(data_file), 8)[1])
+    assert scores == evaluate(load_with_adapter(str(model_dir), run), held_out).summary()
+    assert scores["questions"] == 8
+    capsys.readouterr()
+    for arguments, told in (
+        (["--data", data_file, "--adapter", finished], "there is no run that did"),
+        (["--data", data_file], "there is no run that did"),
+        (["--adapter", run], f"give --data {data_file}, not arc_easy"),
+    ):
+        assert code_of([*held, *arguments]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_adapter_of_another_base_is_refused(finished, model_dir, data_file, tmp_path, capsys):

@@ -14,6 +14,7 @@ from stable_lora_jax.evaluation import final_number
         ("#### 72.00", 72),
         ("#### $1,234,567", 1234567),
         ("#### -3", -3),
+        ("#### −3", -3),  # a minus sign that is no hyphen
         ("#### .5", Fraction(1, 2)),
         ("#### 3/4", Fraction(3, 4)),
         ("5 apples. The answer is: 7 of 10", 7),
