@@ -215,7 +215,7 @@ def change_configuration(model: Path, **changes: Any) -> None:
         (of_another_architecture, "GPT2LMHeadModel"),
         (with_another_width, "the configuration asks for"),
         (with_a_small_vocabulary, "the model knows 0 to 39. The tokenizer belongs to another model"),
-        (cut_short, "model.safetensors is not a whole safetensors file: it has"),
+        (cut_short, "model.safetensors is not a whole safetensors file: "),
         (with_nan, "The model's norm.scale holds NaN or infinity"),
         (without_a_tensor, "lacks 1 tensors: model.norm.weight"),
         (without_tokenizer, "Allowed are a folder with tokenizer files"),
