@@ -171,7 +171,9 @@ def compared(records: Sequence[Record], baseline: Sequence[Record]) -> Compariso
 
 
 def _p(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
 
 
 def stable_share(records: Sequence[Record]) -> str:
