@@ -58,7 +58,7 @@ def main(config: PlanTablesConfig) -> None:
                 **plan.to_json(),
             }
             file = config.out / file_name(model, name)
-            file.write_text(json.dumps(record | plan.to_json(), indent=1) + "\n")
+            file.write_text(json.dumps(record, indent=1) + "\n")
             print(f"{file}: {seconds} s", flush=True)
     print(table(config.out))
 
