@@ -14,7 +14,7 @@ not taken for one of methods, AdamW is also trained at Stable-LoRA's own. What a
 need no training: the base model's, and that of choosing the longest answer.
 
 Questions that appear twice: 9 of ARC-Easy's training questions and 45 of OpenBookQA's have the text of one in
-validation or test; 15 of the 400 held out from OpenBookQA's have that of one trained on. All methods alike.
+validation or test, and a few of those held out have that of one trained on. All methods alike.
 """
 
 import itertools
