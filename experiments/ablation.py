@@ -54,10 +54,9 @@ def variants(config: AblationConfig, length: int) -> list[dict[str, Any]]:
     """Returns what each variant changes."""
     found: list[dict[str, Any]] = [{"method": "adamw"}]
     stable = {"method": "stable-lora"}
-    if length != config.lengths[0]:
-        return [*found, stable | {"lam": config.controls[0]}]
-    found += [stable | {"lam": lam} for lam in config.lams]
-    for lam in config.controls:
+    first = length == config.lengths[0]
+    found += [stable | {"lam": lam} for lam in (config.lams if first else config.controls[:1])]
+    for lam in config.controls if first else ():
         found.append(stable | {"lam": lam, "stop_when_stable": False})
         found.append(stable | {"lam": lam, "lam_schedule": "cosine"})
         found.append({"method": "adamw", "weight_decay": lam / config.learning_rate, "decay_only_a": True})
