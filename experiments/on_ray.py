@@ -5,6 +5,7 @@ checkpoint. All machines need the repository, its environment, models, data and 
 paths, as in a shared file system.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def run_on_ray(groups: Sequence[Sequence[Cell]], runs: Path, score: Score, cores
 
     Raises:
       ModuleNotFoundError: Ray is not installed; says which extra to install.
+      ray.exceptions.RayError: tasks failed; raised for the first of them once the others have ended.
     """
     try:
         import ray
@@ -37,8 +39,15 @@ def run_on_ray(groups: Sequence[Sequence[Cell]], runs: Path, score: Score, cores
         return list(run_group(group, runs, score))
 
     task = ray.remote(num_cpus=cores, num_gpus=gpus)(lines_of)
-    waiting = [task.remote(group) for group in groups]
+    waiting, errors = [task.remote(group) for group in groups], []
     while waiting:
-        ended, waiting = ray.wait(waiting)
-        for each in ray.get(ended):
-            yield from each
+        (ended,), waiting = ray.wait(waiting)
+        try:
+            lines = ray.get(ended)
+        except ray.exceptions.RayError as error:
+            errors.append(error)
+        else:
+            yield from lines
+    if errors:
+        print(f"{len(errors)} of {len(groups)} tasks failed, the first with:", file=sys.stderr)
+        raise errors[0]

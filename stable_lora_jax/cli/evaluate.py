@@ -32,7 +32,8 @@ class EvalConfig:
     data: str = "arc_easy"
     """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag) or a .jsonl file of questions."""
     split: str = "validation"
-    """train, validation, test, or holdout: those of the training questions that the adapter's run kept out."""
+    """Of a task: train, validation, test, or holdout, those of the training questions that the adapter's run kept out.
+    A file is scored whole, or its holdout."""
     source: Literal["wheel", "hub"] = "wheel"
     """wheel or hub."""
     prompt_format: str | None = None
@@ -61,6 +62,8 @@ def eval_command(config: EvalConfig) -> Evaluation:
         items = _held_out(config)
     elif config.data in TASKS:
         items = load_task(config.data, config.split, source=config.source)
+    elif config.split != EvalConfig.split:
+        raise ValueError(f"split={config.split!r} is for tasks; {config.data} is scored whole. Leave --split out.")
     else:
         items = load_jsonl(config.data)
     questions = [item for item in items if isinstance(item, Question)]

@@ -2,20 +2,26 @@
 
 The directory itself is never deleted: it may be a link or a mount. A run owns it once it has made checkpoints/ there,
 which only one of those that start at once can. config.json stays until the next one takes its place, so that a start
-that is killed leaves what may be started over.
+that is killed leaves what may be started over. While it is carried out, `alone_in` keeps others out.
 """
 
+import contextlib
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from stable_lora_jax.training import newest_step
 
 _CONFIG, _CHECKPOINTS, _PARTIAL = "config.json", "checkpoints", ".config.json.partial"
 _ADAPTER = "adapter.safetensors"
+_LOCK = ".lock"
+# What counts as nothing there.
+_NOTHING = {_PARTIAL, _LOCK}
 # What a start writes itself, beside config.json: nothing worth keeping without a checkpoint.
 _STARTED = {_CHECKPOINTS, _PARTIAL, "metrics.jsonl", "metrics.jsonl.partial", "tensorboard"}
 
@@ -59,7 +65,7 @@ def check_directory(
             )
         if resume or newest_step(directory / _CHECKPOINTS) is not None:
             return True
-    left = {path.name for path in directory.iterdir()} - {_PARTIAL} if directory.exists() else set()
+    left = {path.name for path in directory.iterdir()} - _NOTHING if directory.exists() else set()
     if overwrite and not _is_a_run(left):
         raise ValueError(
             f"The run directory {directory} is no run's: it holds {len(left)} things, and neither {_ADAPTER} nor both "
@@ -108,6 +114,23 @@ def last_start(directory: Path) -> tuple[int | None, ...]:
     return tuple(path.stat().st_mtime_ns if path.exists() else None for path in marks)
 
 
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Makes a run's directory if need be, and keeps other processes out of it until the block or this process ends.
+
+    Raises:
+      ValueError: another process is in it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(directory / _LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"Another process trains in {directory} right now. Wait for its end, or choose another --run-dir."
+        ) from None
+
+
 def prepare_directory(
     directory: Path,
     config: Mapping[str, object],
@@ -136,7 +159,7 @@ def prepare_directory(
         raise another
     directory.mkdir(parents=True, exist_ok=True)
     for path in list(directory.iterdir()):
-        if path.name != _CONFIG and (overwrite or (auto_resume and path.name in _STARTED)):
+        if path.name not in (_CONFIG, _LOCK) and (overwrite or (auto_resume and path.name in _STARTED)):
             delete = shutil.rmtree if path.is_dir() and not path.is_symlink() else Path.unlink
             delete(path)
     try:
@@ -145,7 +168,7 @@ def prepare_directory(
         raise another from None
     versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
     record = {"config": dict(config), **data, "versions": versions, "commit": commit()}
-    partial = directory / _PARTIAL  # counts as nothing there
+    partial = directory / _PARTIAL
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(directory / _CONFIG)
 

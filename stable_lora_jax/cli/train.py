@@ -1,5 +1,6 @@
 """``stable-lora train``: fine-tune a model on a task, and leave a run directory that says everything about it."""
 
+import contextlib
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from stable_lora_jax.cli.run_directory import check_directory, last_start, prepare_directory
+from stable_lora_jax.cli.run_directory import alone_in, check_directory, last_start, prepare_directory
 from stable_lora_jax.data import (
     PROMPT_FORMATS,
     TASKS,
@@ -241,26 +242,27 @@ def train_command(config: TrainConfig) -> TrainResult:
             dropout=config.dropout,
         )
     wait_for_all("every process has accepted all of the above")  # nothing is deleted before
-    if is_first() and not resume:
-        prepare_directory(*ours, seen, **asked)
-    wait_for_all("the run directory is there")
-    result = train(
-        *(model, batches, optimizer),
-        loss=make_loss(config.loss, max(len(example.branches) for example in examples)),
-        total_steps=total,
-        learning_rate=rate,
-        run_dir=config.directory,
-        mesh=mesh,
-        accumulate=config.accumulate,
-        norms_every=config.norms_every,
-        save_every=config.save_every,
-        loggers=config.log,
-        keep=config.keep,
-        keep_best=config.keep_best,
-        resume=resume,
-    )
-    if is_first():
-        _finish(config, model, result, total)
+    with alone_in(config.directory) if is_first() else contextlib.nullcontext():
+        if is_first() and not resume:
+            prepare_directory(*ours, seen, **asked)
+        wait_for_all("the run directory is there")
+        result = train(
+            *(model, batches, optimizer),
+            loss=make_loss(config.loss, max(len(example.branches) for example in examples)),
+            total_steps=total,
+            learning_rate=rate,
+            run_dir=config.directory,
+            mesh=mesh,
+            accumulate=config.accumulate,
+            norms_every=config.norms_every,
+            save_every=config.save_every,
+            loggers=config.log,
+            keep=config.keep,
+            keep_best=config.keep_best,
+            resume=resume,
+        )
+        if is_first():
+            _finish(config, model, result, total)
     wait_for_all("the adapter is written")
     return result
 

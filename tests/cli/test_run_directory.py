@@ -2,10 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from stable_lora_jax.cli.run_directory import check_directory, last_start, prepare_directory
+from stable_lora_jax.cli.run_directory import alone_in, check_directory, last_start, prepare_directory
 
 CONFIG, DATA = {"rank": 2}, {"total_steps": 6, "examples_sha256": "ab"}
 PLAIN = {"auto_resume": False, "overwrite": False}
@@ -43,7 +45,7 @@ def start(directory, asked, between=None):
     [
         (PLAIN, [], []),
         (PLAIN, [PARTIAL], []),
-        (OVER, ["config.json", "checkpoints/3/", "thesis.tex", "wandb/log"], []),
+        (OVER, ["config.json", "checkpoints/3/", "thesis.tex", "wandb/log", ".lock"], [".lock"]),
         (OVER, ["checkpoints/"], []),  # killed before config.json
         (AUTO, [], []),
         (AUTO, [PARTIAL, "checkpoints/"], []),
@@ -117,6 +119,27 @@ def test_one_of_two_that_start_at_once_makes_the_checkpoints(tmp_path, monkeypat
     with pytest.raises(ValueError, match="Another run has begun"):
         prepare_directory(run, CONFIG, DATA, (None, None), **PLAIN)
     assert os.listdir(run) == ["checkpoints"]
+
+
+def test_a_process_is_alone_until_it_is_killed(tmp_path):
+    run = tmp_path / "run"
+    program = "import sys, pathlib\nfrom stable_lora_jax.cli.run_directory import alone_in\n"
+    program += "with alone_in(pathlib.Path(sys.argv[1])):\n    print('there', flush=True)\n    input()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "there\n"
+        with pytest.raises(ValueError, match=r"Another process trains in .*run right now"), alone_in(run):
+            pass
+        other.kill()
+    for _ in range(2):
+        with alone_in(run):
+            assert not start(run, PLAIN)  # what keeps others out counts as nothing there
+            with pytest.raises(ValueError, match="right now"), alone_in(run):
+                pass
+        (run / "checkpoints").rmdir()
+        (run / "config.json").unlink()
 
 
 @pytest.mark.parametrize("asked", [AUTO, PLAIN | {"resume": True}])

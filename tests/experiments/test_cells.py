@@ -69,11 +69,15 @@ def test_ray_runs_what_is_missing(base, tmp_path, monkeypatch):
     alone = run_cells("x", cells, options_in(tmp_path / "alone"))
     options = options_in(tmp_path / "ray", ray=1)
     append(options.results / "x.jsonl", alone[0])  # found there, not run again
+    failing = Cell(train=replace(base, data=str(tmp_path / "nowhere.jsonl")))
     ray.init(num_cpus=2, include_dashboard=False)
     try:
-        lines = run_cells("x", cells, options)
+        with pytest.raises(ray.exceptions.RayError, match=r"nowhere\.jsonl"):
+            run_cells("x", [failing, *cells], options)
     finally:
         ray.shutdown()
+    lines = run_cells("x", cells, options)  # all are there, so no cluster is asked for
+    assert not ray.is_initialized()
     assert lines[0] == alone[0]
     for field in ("key", "train", "stable_at", "correct_token", "accuracy_token", "commit", "versions"):
         assert [line[field] for line in lines] == [line[field] for line in alone]
@@ -82,9 +86,6 @@ def test_ray_runs_what_is_missing(base, tmp_path, monkeypatch):
         assert files[0].read_bytes() == files[1].read_bytes()
     written = read_lines("x", options.results)
     assert sorted(line["key"] for line in written) == sorted(cell.key for cell in cells)
-    # All are there, so no cluster is asked for.
-    assert run_cells("x", cells, options) == lines
-    assert not ray.is_initialized()
 
 
 def test_without_ray_the_error_names_the_extra(base, tmp_path, monkeypatch):

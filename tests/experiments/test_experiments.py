@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import make_results
+from experiments import ablation, make_results
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -18,6 +18,14 @@ def test_smoke(name, capsys):
     )
     module.main(config(smoke=True))
     assert "| --- |" in capsys.readouterr().out
+
+
+def test_methods_are_chosen_at_every_length():
+    config = ablation.AblationConfig(lengths=(1, 3), steps=10, seeds=2, methods=("stable-lora",))
+    trained = [cell.train for cell in ablation.cells(config)]
+    assert {train.method for train in trained} == {"stable-lora"}
+    longer = [(train.lam, train.seed) for train in trained if train.steps == 30]
+    assert longer == [(config.controls[0], 0), (config.controls[0], 1)]
 
 
 def test_committed_tables_are_those_of_the_committed_lines(tmp_path, monkeypatch):
