@@ -29,6 +29,7 @@ def run_on_ray(groups: Sequence[Sequence[Cell]], runs: Path, score: Score, cores
     """
     try:
         import ray
+        from ray.exceptions import RayError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("--ray needs Ray. Install stable-lora-jax[ray], or leave --ray out.") from error
     if not ray.is_initialized():
@@ -44,7 +45,7 @@ def run_on_ray(groups: Sequence[Sequence[Cell]], runs: Path, score: Score, cores
         (ended,), waiting = ray.wait(waiting)
         try:
             lines = ray.get(ended)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             errors.append(error)
         else:
             yield from lines
