@@ -217,6 +217,27 @@ def test_rite_reports_pairs_of_several_kinds_by_name():
     assert skipped == {"a/lora": 0, "b/lora": 0, "c/lora": 1}
 
 
+def test_the_state_follows_the_pairs_by_name():
+    """A list of layers counts 2 before 10, a mapping of the same names 10 before 2."""
+    rng = np.random.default_rng(0)
+    listed = [{"lora_a": rng.normal(size=(6, 2)), "lora_b": rng.normal(size=(2, 4))} for _ in range(11)]
+
+    def mapped(layers):
+        return {str(number): layer for number, layer in enumerate(layers)}
+
+    tx = scale_by_lora_rite()
+    grads = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), listed) for _ in range(3)]
+    params = jax.tree.map(jnp.asarray, listed)
+    state = tx.init(params)
+    for grad in grads[:2]:
+        _, state = tx.update(grad, state, params)
+    wanted, _ = tx.update(grads[2], state, params)
+    found, _ = tx.update(mapped(grads[2]), state, mapped(params))
+    for number, layer in enumerate(wanted):
+        np.testing.assert_array_equal(found[str(number)]["lora_a"], layer["lora_a"])
+        np.testing.assert_array_equal(found[str(number)]["lora_b"], layer["lora_b"])
+
+
 def test_rite_counts_what_it_skips_and_how_much_it_clips():
     rng = np.random.default_rng(6)
     params = {"lora_a": jnp.asarray(rng.normal(size=(2, 12, 3))), "lora_b": jnp.asarray(rng.normal(size=(2, 3, 6)))}
