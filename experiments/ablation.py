@@ -17,17 +17,13 @@ its first half. Weight decay falls with the learning rate, so its control is λ 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
 
-from experiments import tables
-from experiments.cells import Cell, Options, Record, read_lines, run_cells, training
+from experiments.ablation_tables import report
+from experiments.cells import Cell, Options, run_cells, training
 from experiments.smoke import smoke
-
-# What a variant may change.
-VARIED = ("method", "lam", "lam_schedule", "stop_when_stable", "weight_decay", "decay_only_a")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,31 +71,6 @@ def cells(config: AblationConfig) -> list[Cell]:
         for each in variants(config, length)
         for seed in range(config.seeds)
     ]
-
-
-def name_of(record: Record) -> str:
-    """Returns how a table calls a variant."""
-    train = record["train"]
-    if train["decay_only_a"]:
-        return f"AdamW, weight decay {train['weight_decay']:g} on A"
-    if train["method"] == "adamw":
-        return "AdamW"
-    rest = "" if train["stop_when_stable"] else ", never stops"
-    rest += "" if train["lam_schedule"] == "constant" else f", λ {train['lam_schedule']} to 0"
-    return f"λ = {train['lam']:g}{rest}"
-
-
-def report(results: Path) -> str:
-    """Returns the tables, one a task, length and setting."""
-    records, text = read_lines("ablation", results), ""
-    for each in tables.grouped(records, lambda record: tables.setting(record, *VARIED)).values():
-        variants = tables.grouped(each, name_of)
-        rows = [[name, *row] for name, row in tables.scored(variants, lambda name: "AdamW").items()]
-        train = each[0]["train"]
-        text += f"**{tables.task_of(each[0])}**, {each[0]['steps']} steps of {train['batch_size']}, "
-        text += f"η = {train['learning_rate']:g}, s = {train['alpha'] / train['rank']:g}\n\n"
-        text += f"{tables.markdown(('variant', *tables.SCORES), rows)}\n\n{tables.commits(each)}"
-    return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 
 def main(config: AblationConfig) -> None:

@@ -101,7 +101,7 @@ def report(results: Path) -> str:
         groups = tables.grouped(each, lambda record: (record["steps"], record["train"]["method"]))
         rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
         text += f"**{each[0]['train']['model']}**, exact match\n\n"
-        text += f"{tables.markdown(('steps', 'method', *tables.SCORES), rows)}\n\n{tables.commits(each)}"
+        text += f"{tables.markdown(('steps', 'method', *tables.SCORES), rows)}\n\n{tables.made_by(groups)}"
     return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 

@@ -27,7 +27,7 @@ from stable_lora_jax.evaluation import evaluate
 from stable_lora_jax.training import read_metrics, stop_steps
 
 METHODS = ("adamw", "stable-lora")
-NOISE = "One seed: differences below about 4 points say nothing."
+NOISE = "One seed, and each accuracy has a standard error of 2 points: small differences say nothing."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,15 +19,12 @@ from typing import Any
 
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 
-from experiments import tables
-from experiments.cells import Cell, Options, Record, read_lines, run_cells, score_questions, training
+from experiments.cells import Cell, Options, Record, run_cells, score_questions, training
+from experiments.dynamics_tables import FIELDS, report
 from experiments.smoke import smoke
 from stable_lora_jax.training import read_metrics
 
-FIELDS = {"norm_a": "‖A‖", "norm_b": "‖B‖", "gap": "gap", "delta_1": "‖A ΔB‖", "delta_2": "‖ΔA B‖"}
-HEADER = ("run", "module", "stable", "step, first third of layers", "middle", "last", "accuracy, %", "nats a token")
 # (λ, η, s); λ = 0 is AdamW. One number changes at a time.
 POINTS = tuple((lam, 5e-4, 2) for lam in (0, 0.001, 0.005, 0.02))
 POINTS += ((0.005, 2e-4, 2), (0.005, 1e-3, 2), (0.005, 5e-4, 16))
@@ -65,46 +62,6 @@ def _quartiles(values: list[float | None] | None) -> list[float] | None:
     """Returns the quartiles, four digits; None where nothing is recorded or most are infinite."""
     known = [value for value in values or [] if value is not None]
     return [float(f"{q:.4g}") for q in np.quantile(known, (0.25, 0.5, 0.75))] if known else None
-
-
-def report(results: Path) -> str:
-    """Returns the table of steps until stable, medians over thirds of the layers, and draws the figure."""
-    records = read_lines("dynamics", results)
-    if not (whole := [record for record in records if "failed" not in record]):
-        return ""
-    rows = []
-    for record in whole:
-        for pair, steps in record["stable_at"].items():
-            thirds = [[step for step in part if step] for part in np.array_split(np.array(steps), 3)]
-            rows.append([_name(record), pair.split("/")[-2], f"{np.count_nonzero(steps)} of {len(steps)}"])
-            rows[-1] += [int(np.median(part)) if part else "-" for part in thirds]
-            rows[-1] += [f"{100 * record['accuracy_token']:.1f}", f"{record['nll_token']:.3f}"]
-    draw(whole, results / "dynamics.png")
-    return f"{tables.markdown(HEADER, rows)}\n\n![norms and terms](dynamics.png)\n\n{tables.failures(records)}"
-
-
-def _name(record: Record) -> str:
-    lam, rate, alpha, rank = (record["train"][name] for name in ("lam", "learning_rate", "alpha", "rank"))
-    return f"{f'λ = {lam:g}' if lam else 'AdamW'}, η = {rate:g}, s = {alpha / rank:g}"
-
-
-def draw(records: list[Record], path: Path) -> None:
-    """Writes a figure: a row a run, a column a module; medians over the layers, shaded between the quartiles."""
-    pairs = [pair for pair in records[0]["series"] if pair != "steps"]
-    figure = Figure(figsize=(5 * len(pairs), 2.6 * len(records)), layout="constrained")
-    axes = figure.subplots(len(records), len(pairs), squeeze=False, sharey=True)
-    for record, row in zip(records, axes, strict=True):
-        for pair, ax in zip(pairs, row, strict=True):
-            for number, (name, label) in enumerate((k, v) for k, v in FIELDS.items() if k != "gap"):
-                known = zip(record["series"]["steps"], record["series"][pair][name], strict=True)
-                points = [(step, *quartiles) for step, quartiles in known if quartiles and quartiles[1] > 0]
-                if points:
-                    steps, low, middle, high = np.array(points).T
-                    ax.fill_between(steps, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-                    ax.plot(steps, middle, color=f"C{number}", label=label)
-            ax.set(yscale="log", xlabel="step", title=f"{_name(record)}: {pair.split('/')[-2]}")
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
 
 
 def main(config: DynamicsConfig) -> None:

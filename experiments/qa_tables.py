@@ -1,6 +1,6 @@
-"""The tables of experiments.qa: methods side by side, what needs no training, and AdamW at Stable-LoRA's η and s."""
+"""The tables of experiments.qa: methods side by side, what needs no training, controls, and what was searched."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments import tables
@@ -10,34 +10,35 @@ from experiments.cells import Record, read_lines
 VARIED = ("method", "learning_rate", "alpha", "lam")
 CHANCE = """\
 The intervals ignore the search, which used one seed and 400 questions (a standard error of 2.3 points), so what it
-chose is partly chance. * The best η was the smallest or the largest searched: a better one may lie beyond.
+chose is partly chance. * The best η was the smallest or the largest searched: a better one may lie beyond; s and λ were
+searched at two values each.
 """
 
 
 def report(results: Path) -> str:
     """Returns the tables, one a task and setting."""
     records = read_lines("qa", results)
-    # A search differs from what it is made for in the questions that it leaves out and is scored on.
-    searches = tables.grouped(read_lines("qa_search", results), lambda r: (_searched(r), r["train"]["method"]))
+    searches = tables.grouped(read_lines("qa_search", results), _searched)
     controls, text = read_lines("qa_controls", results), ""
     for of_task in tables.grouped(records, lambda record: tables.setting(record, *VARIED)).values():
         methods = tables.grouped(of_task, lambda record: record["train"]["method"])
         scores, rows = tables.scored(methods, lambda method: "adamw"), []
+        search = searches.get(_searched(of_task[0]), [])
         for method, each in methods.items():
-            train, search = each[0]["train"], searches.get((_searched(each[0]), method), [])
-            found = sorted((100 * record["accuracy_token"] for record in search), reverse=True)
-            rates = {record["train"]["learning_rate"] for record in search}
+            train = each[0]["train"]
+            rates = {line["train"]["learning_rate"] for line in search if line["train"]["method"] == method}
             edge = "*" if len(rates) > 1 and train["learning_rate"] in (min(rates), max(rates)) else ""
             numbers = f"{train['learning_rate']:g}{edge}, {train['alpha'] / train['rank']:g}, {train['lam'] or '-'}"
-            told = f"{found[0]:.1f}, {found[1]:.1f} … {found[-1]:.1f} of {len(found)}" if len(found) > 1 else "-"
-            rows.append([method, numbers, told, *scores[method]])
+            rows.append([method, numbers, *scores[method]])
         one = of_task[0]
         text += f"**{tables.task_of(one)}**, {one['questions']} questions ({Path(one['score_on']).name}), "
         text += f"{one['steps']} steps of {one['train']['batch_size']}, {Path(one['train']['model']).name}\n\n"
-        text += f"{tables.markdown(('method', 'η, s, λ', 'in the search, %', *tables.SCORES), rows)}\n\n"
+        text += f"{tables.markdown(('method', 'η, s, λ', *tables.SCORES), rows)}\n\n"
         control = [record for record in controls if tables.setting(record, *VARIED) == tables.setting(one, *VARIED)]
+        control = control or _of_the_same_numbers(methods)
         text += _without_training(one, results) + _at_its_numbers(methods.get("stable-lora", []), control)
-        text += tables.commits([*of_task, *control])
+        text += _grid(search)
+        text += tables.made_by({**methods, "AdamW at Stable-LoRA's η and s": control, "the search": search})
     return text + tables.failures(records) + (f"{tables.LEGEND}{CHANCE}" if text else "")
 
 
@@ -84,10 +85,35 @@ def _at_its_numbers(stable: Sequence[Record], control: Sequence[Record]) -> str:
         f"AdamW at Stable-LoRA's η = {train['learning_rate']:g} and s = {train['alpha'] / train['rank']:g}: "
         f"{tables.percent(tables.of_seeds(control, 'accuracy_token'))} %, "
         f"{tables.number(tables.of_seeds(control, 'nll_token'), 3)} nats per token. Stable-LoRA minus that: "
-        f"{tables.percent(found.points)} points, {tables.number(found.nats, 3)} nats (p {found.p_points:.3f} and "
-        f"{found.p_nats:.3f}, uncorrected).\n\n"
+        f"{tables.difference(found)}.\n\n"
     )
 
 
+def _of_the_same_numbers(methods: Mapping[str, Sequence[Record]]) -> Sequence[Record]:
+    """Returns AdamW's lines if its η and s are Stable-LoRA's, else nothing."""
+    sides = [methods.get(method, []) for method in ("adamw", "stable-lora")]
+    numbers = [{(line["train"]["learning_rate"], line["train"]["alpha"]) for line in side} for side in sides]
+    return sides[0] if numbers[0] == numbers[1] else []
+
+
+def _grid(search: Sequence[Record]) -> str:
+    """Returns the table of a search: a row for every method and λ, a column for every s and η."""
+    if not search:
+        return ""
+    found: dict[str, dict[tuple[float, float], str]] = {}
+    for line in search:
+        train = line["train"]
+        row = found.setdefault(train["method"] + (f", λ = {train['lam']:g}" if train["lam"] else ""), {})
+        told = f"{100 * line['accuracy_token']:.1f}, {line['nll_token']:.2f}"
+        row[train["alpha"] / train["rank"], train["learning_rate"]] = told
+    columns = sorted({column for row in found.values() for column in row})
+    header = ["searched", *(f"s = {scale:g}, η = {rate:g}" for scale, rate in columns)]
+    rows = [[name, *(row.get(column, "-") for column in columns)] for name, row in found.items()]
+    told = f"The search: accuracy in % and nats per token on {search[0]['questions']} held-out questions, seed "
+    told += ", ".join(sorted({str(line["train"]["seed"]) for line in search}))
+    return f"{told}.\n\n{tables.markdown(header, rows)}\n\n"
+
+
 def _searched(record: Record) -> str:
+    """Returns what a search has in common with what it is made for: all but the questions left out and scored."""
     return tables.setting(record, *VARIED, "holdout", "score_on")

@@ -31,8 +31,10 @@ whole answer. *Best of 3*: what the best of three seeds is expected to show, the
 mean difference over runs of the same seed, with the p value of a paired t test; it says what other seeds may give.
 *Over questions*: 95 % bootstrap interval of the difference in accuracy, for these runs and other questions, with the p
 value of a permutation test (McNemar's, if there is one seed). *Nats*: negative log-likelihood of the right answers. The
-p values of a column are corrected for the number of comparisons (Holm), the intervals are not. *Stable*: matrices that
-stopped shrinking, and the median step at which these did.
+p values of a column are corrected (Holm) for the number of comparisons in that column of that table, runs that came out
+the same counted once; the intervals are not corrected. With two or three seeds a t test leans on differences being
+normal: signs alone could not give p below 0.5 or 0.25. *Stable*: matrices that stopped shrinking, and the median step
+at which these did; in brackets where they met the condition and shrink on.
 """
 
 
@@ -104,9 +106,19 @@ def of_seeds(records: Sequence[Record], field: str) -> Estimate:
     return mean_interval([record.get(field, math.nan) for record in by_seed(records).values()])
 
 
-def commits(records: Sequence[Record]) -> str:
-    """Returns the commits that made these lines."""
-    return f"Measured at {', '.join(dict.fromkeys(record['commit'] for record in records))}.\n\n"
+def made_by(groups: Mapping[Any, Sequence[Record]]) -> str:
+    """Returns the commits and machines that made the lines, and the groups of each where there are several machines."""
+    machines: dict[str, dict[str, dict[str, None]]] = {}
+    for key, records in groups.items():
+        name = key if isinstance(key, str) else " ".join(map(str, key))
+        for record in records:
+            made = machines.setdefault(record["machine"]["cpu"], {"commits": {}, "groups": {}})
+            made["commits"][record["commit"]] = made["groups"][name] = None
+    told = [
+        f"on {cpu} at {', '.join(made['commits'])}" + (f" ({', '.join(made['groups'])})" if len(machines) > 1 else "")
+        for cpu, made in machines.items()
+    ]
+    return f"Measured {'; '.join(told)}.\n\n"
 
 
 def best_of_three(records: Sequence[Record]) -> str:
@@ -119,14 +131,14 @@ def scored(groups: Mapping[Key, Sequence[Record]], baseline: Callable[[Key], Key
     """Returns the columns `SCORES` of every group of seeds, each compared with the group that `baseline` names."""
     pairs = {key: (groups[key], groups[baseline(key)]) for key in groups if baseline(key) in groups.keys() - {key}}
     differing = {key: found for key, pair in pairs.items() if (found := compared(*pair))}
-    p_values = zip(*(holm([getattr(each, p) for each in differing.values()]) for p in _P_VALUES), strict=True)
+    unlike = list(dict.fromkeys(differing.values()))
+    p_values = zip(*(holm([getattr(each, p) for each in unlike]) for p in _P_VALUES), strict=True)
     corrected = {
-        key: each._asdict() | dict(zip(_P_VALUES, p, strict=True))
-        for (key, each), p in zip(differing.items(), p_values, strict=True)
+        each: each._asdict() | dict(zip(_P_VALUES, p, strict=True)) for each, p in zip(unlike, p_values, strict=True)
     }
     rows = {}
     for key, each in groups.items():
-        found = corrected.get(key)
+        found = corrected[differing[key]] if key in differing else None
         rows[key] = [str(len(by_seed(each))), percent(of_seeds(each, "accuracy_token"))]
         rows[key] += [percent(of_seeds(each, "accuracy_sum")), best_of_three(each)]
         if found:
@@ -151,6 +163,12 @@ class Comparison(NamedTuple):
     p_nats: float
 
 
+def difference(found: Comparison) -> str:
+    """Returns a comparison that stands alone as words."""
+    points, nats = percent(found.points), number(found.nats, 3)
+    return f"{points} points, {nats} nats (p {_p(found.p_points)} and {_p(found.p_nats)}, uncorrected)"
+
+
 _P_VALUES = ("p_points", "p_questions", "p_nats")
 
 
@@ -159,11 +177,9 @@ def compared(records: Sequence[Record], baseline: Sequence[Record]) -> Compariso
     ours, theirs = by_seed(records), by_seed(baseline)
     if not (seeds := [seed for seed in ours if seed in theirs]):
         return None
-    points, nats = (
-        [ours[seed].get(field, math.nan) - theirs[seed].get(field, math.nan) for seed in seeds]
-        for field in ("accuracy_token", "nll_token")
-    )
+    nats = [ours[seed].get("nll_token", math.nan) - theirs[seed].get("nll_token", math.nan) for seed in seeds]
     first, second = (np.stack([correctness(side[seed]) for seed in seeds]) for side in (ours, theirs))
+    points = (first - second).mean(1)
     over_questions = paired_bootstrap(first, second), sign_flip_p_value(first, second)
     return Comparison(
         *(mean_interval(points), paired_p_value(points)), *over_questions, *(mean_interval(nats), paired_p_value(nats))
@@ -177,10 +193,14 @@ def _p(value: float) -> str:
 
 
 def stable_share(records: Sequence[Record]) -> str:
-    """Returns how many matrices became stable, and the median step at which they did; a dash where nothing shrinks."""
+    """Returns how many matrices became stable, and the median step at which they did; a dash where nothing shrinks.
+
+    In brackets where that stopped nothing.
+    """
     shrunk = [record for record in records if record["train"]["method"] == "stable-lora"]
     steps = [step for record in shrunk for pair in record.get("stable_at", {}).values() for step in pair]
     reached = [step for step in steps if step]
     if not reached:
         return f"0 of {len(steps)}" if steps else "-"
-    return f"{len(reached)} of {len(steps)}, step {int(np.median(reached))}"
+    told = f"{len(reached)} of {len(steps)}, step {int(np.median(reached))}"
+    return told if shrunk[0]["train"].get("stop_when_stable", True) else f"({told})"

@@ -5,10 +5,10 @@ Question:  do A_t Z, B_t, δ₁, δ₂, δ₃ and ΔY of adapters on q and v gro
 Command:   python -m experiments.width_transformers       (--help)
 Hardware:  2 CPU cores, 4 GB. Minutes: about 3. A step costs n², so width 4096 alone would take more than ten times as
            long as all of these: `--widths 64 256 1024 4096` is for an accelerator.
-Expected:  the table's predictions, +- 0.15, but for the row that disagrees in experiments.width_scaling too: at c = 3/2
-           and with b2 = 0.999 all sizes of Stable-LoRA vanish faster than predicted, ΔY with γ = -0.5 to -0.6. The
-           loss falls by 1 % or less, and at c = 3/2 hardly at all once A₀ is erased: the exponents are those of a
-           start, and say nothing of training to the end.
+Expected:  the table's predictions within 0.15, as there a tolerance of ours, but for the row that disagrees in
+           experiments.width_scaling too: at c = 3/2 and with b2 = 0.999 all sizes of Stable-LoRA vanish faster than
+           predicted, ΔY with γ = -0.5 to -0.6. The loss falls by 1 % or less, and at c = 3/2 hardly at all once A₀ is
+           erased: the exponents are those of a start, and say nothing of training to the end.
 
 The decoder is that of experiments.theory_decoder; η, s, λ and b2 are those of experiments.width_scaling, chosen there
 and not again. Z is what q and v project at that step, and moves as the layer below learns; δ and ΔY are what the step

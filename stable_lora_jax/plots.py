@@ -38,7 +38,8 @@ def plot_norms(run: Path) -> Figure:
             if column == 0:
                 ax.set_ylabel(label)
         axes[0, column].set_title(_title(pair))
-    figure.suptitle(f"{run.name}: one line a layer (dark: first), dots: the layer's shrink stopped")
+    dots = ", dots: the layer's shrink stopped" if any(stops.values()) else ""
+    figure.suptitle(f"{run.name}: one line a layer (dark: first){dots}")
     return figure
 
 

@@ -134,35 +134,32 @@ def paired_bootstrap(
     return Estimate(float(difference.mean()), float(low), float(high))
 
 
-def sign_flip_p_value(first: Numbers, second: Numbers, *, resamples: int = 9_999, seed: int = 0) -> float:
+def sign_flip_p_value(first: Numbers, second: Numbers) -> float:
     """Returns the two-sided p value, over questions, of "no difference": every question's may as well be its opposite.
 
-    A permutation test of the mean difference, so a question on which many seeds differ weighs more. With one seed of
-    right (1) and wrong (0) answers it is McNemar's test. Exact where few questions differ, else by draws, which
-    resolve no less than 1 / (resamples + 1).
+    The permutation test of the mean difference, exact: a question on which many seeds differ weighs more. With one seed
+    it is McNemar's test.
 
     Args:
-      first: scores, (questions,) or (seeds, questions); seeds are averaged.
-      second: scores of the same questions; the number of seeds may be another.
-      resamples: draws of a sign for every question.
-      seed: of the draws.
+      first: right (1) or wrong (0), (questions,) or (seeds, questions).
+      second: the same questions'; the number of seeds may be another.
 
     Raises:
-      ValueError: not the same number of questions, or fewer than two.
+      ValueError: not the same number of questions, fewer than two, or scores that are neither 0 nor 1.
     """
-    difference = np.round(_difference(first, second), 9)  # means of other numbers of seeds may differ by rounding
-    difference = difference[difference != 0]  # a sign changes nothing there
-    if len(difference) < 2:
-        return 1.0
-    found = stats.permutation_test(
-        (difference,),
-        lambda x, axis: x.sum(axis),
-        permutation_type="samples",
-        n_resamples=resamples,
-        batch=500,
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.pvalue)
+    _difference(first, second)
+    ours, theirs = (np.atleast_2d(np.asarray(scores, float)) for scores in (first, second))
+    if not (np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all()):
+        raise ValueError("Some scores are neither 0 nor 1. This test is of right and wrong answers.")
+    # In whole numbers, so that sums which are equal are seen to be.
+    common = math.gcd(len(ours), len(theirs))
+    difference = len(theirs) // common * ours.sum(0) - len(ours) // common * theirs.sum(0)
+    total = int(np.abs(difference).sum())
+    chance = np.ones(1)  # of each sum from -total to total
+    for each in np.abs(difference).astype(int):
+        chance = (np.pad(chance, (0, 2 * each)) + np.pad(chance, (2 * each, 0))) / 2
+    reached = np.abs(np.arange(-total, total + 1)) >= abs(difference.sum())
+    return min(1.0, float(chance[reached].sum()))
 
 
 def _difference(first: Numbers, second: Numbers) -> np.ndarray:

@@ -46,16 +46,14 @@ def test_equal_differences_have_no_p_value():
 
 
 def test_with_one_seed_the_sign_flip_test_is_mcnemars():
-    # 8 questions only the first knows, 2 only the second, 5 both, 3 none: few enough for all signs to be tried.
+    # 8 questions only the first knows, 2 only the second, 5 both, 3 none.
     first, second = np.array([1] * 8 + [0] * 2 + [1] * 5 + [0] * 3), np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 3)
     by_hand = 2 * sum(math.comb(10, i) for i in range(3)) / 2**10
     assert sign_flip_p_value(first, second) == pytest.approx(by_hand)
     assert sign_flip_p_value(second, first) == pytest.approx(by_hand)
     assert sign_flip_p_value(first, first) == 1.0
-    # Too many to try all: 60 against 40, within four standard errors of 9,999 draws.
-    many = np.array([1] * 60 + [0] * 40)
-    exact = stats.binomtest(60, 100).pvalue
-    assert sign_flip_p_value(many, 1 - many) == pytest.approx(exact, abs=4 * math.sqrt(exact / 9999))
+    many = np.array([1] * 600 + [0] * 500)
+    assert sign_flip_p_value(many, 1 - many) == pytest.approx(stats.binomtest(600, 1100).pvalue, rel=1e-9)
 
 
 def test_with_several_seeds_the_sign_flip_test_weighs_by_how_many_differ():
@@ -64,6 +62,16 @@ def test_with_several_seeds_the_sign_flip_test_weighs_by_how_many_differ():
     sums = [abs(sum(s * d for s, d in zip(signs, (1, 1, 1, 2), strict=True))) for signs in
             itertools.product((1, -1), repeat=4)]  # fmt: skip
     assert sign_flip_p_value(first, second) == pytest.approx(np.mean(np.array(sums) >= 1))
+    # The same scores of more seeds, and of another number on both sides.
+    assert sign_flip_p_value(np.tile(first, (3, 1)), second) == pytest.approx(np.mean(np.array(sums) >= 1))
+
+
+def test_ties_of_thirds_count_as_reached():
+    # One seed of three, twice, against two of three: +1 +1 -2 is 0, and all eight signs reach that.
+    first, second = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 0]]), np.array([[0, 0, 1], [0, 0, 1], [0, 0, 0]])
+    assert sign_flip_p_value(first, second) == 1.0
+    # +1 +1 and +2 less 0: the sums 4, 0, 0 and their like; 4 is reached by two signs of eight.
+    assert sign_flip_p_value(first + second, np.zeros((3, 3))) == pytest.approx(2 / 8)
 
 
 def test_bootstrap_interval_agrees_with_the_normal_one_for_many_questions():
@@ -95,6 +103,7 @@ def test_pairing_takes_out_how_hard_questions_are():
         (lambda: expected_best([1.0, 2.0], 3), r"k=3 is not in \[1, 2\].*more seeds"),
         (lambda: paired_bootstrap([1, 0, 1], [1, 0]), r"of 3 and 2 questions.*same questions"),
         (lambda: sign_flip_p_value([1], [0]), r"of 1 and 1 questions.*at least two"),
+        (lambda: sign_flip_p_value([0.5, 1], [0, 1]), "neither 0 nor 1"),
     ],
 )
 def test_errors(call, told):

@@ -38,6 +38,20 @@ def test_a_row_of_scores():
     assert rows["alone"][9:11] == ["0.000 (one seed)", "-"]
 
 
+def test_runs_that_came_out_the_same_are_one_comparison():
+    # Stable-LoRA's p value over questions is 2 / 16 beside one other comparison: doubled, and not three times that.
+    groups = {"adamw": ADAMW, "stable-lora": STABLE, "again": STABLE, "alone": ADAMW[:1]}
+    rows = tables.scored(groups, lambda name: "adamw")
+    assert rows["again"] == rows["stable-lora"]
+    assert rows["stable-lora"][7] == "0.250"
+
+
+def test_what_shrinks_on_has_its_steps_in_brackets():
+    on = [line("stable-lora", 0, "01", stop_when_stable=False), line("stable-lora", 1, "01", stop_when_stable=False)]
+    assert tables.stable_share(on) == "(2 of 4, step 3)"
+    assert tables.stable_share(STABLE[:2]) == "2 of 4, step 3"
+
+
 def test_what_was_not_measured_is_a_dash():
     without = [{k: v for k, v in each.items() if k not in ("nll_token", "accuracy_sum")} for each in (*ADAMW, *STABLE)]
     row = tables.scored({"adamw": without[:3], "stable-lora": without[3:]}, lambda name: "adamw")["stable-lora"]
@@ -79,11 +93,13 @@ def test_predictions_of_the_theorem():
 
 def test_a_table_of_methods_says_what_a_number_is_worth(tmp_path):
     common = {"model": "tiny", "dtype": "float32", "rank": 2, "learning_rate": 2e-3, "alpha": 4.0, "lam": 0.0}
-    fields = {"questions": 10, "steps": 4, "commit": "abc"}
+    fields = {"questions": 10, "steps": 4, "commit": "abc", "machine": {"cpu": "Xeon"}}
 
     def write(name, method, seed, bits, **train):
         made = line(method, seed, bits, **common | {"batch_size": 4} | train) | fields
-        append(tmp_path / f"{name}.jsonl", made | {"score_on": "holdout"} if name == "qa_search" else made)
+        if name == "qa_search":
+            made |= {"score_on": "holdout", "machine": {"cpu": "EPYC"}}
+        append(tmp_path / f"{name}.jsonl", made)
 
     for rate, bits in ((1e-3, "1110000000"), (2e-3, "1111000000")):
         write("qa_search", "adamw", 100, bits, learning_rate=rate, holdout=4)
@@ -95,10 +111,12 @@ def test_a_table_of_methods_says_what_a_number_is_worth(tmp_path):
     known = {"data": "arc_easy", "score_on": "test", "model": "tiny", "dtype": "float32"}
     append(tmp_path / "qa_references.jsonl", known | {"base": base, "longest_answer": 0.4})
     told = qa_tables.report(tmp_path)
-    assert "| adamw | 0.002*, 2, - | 40.0, 30.0 … 30.0 of 2 | 2 | 40.0 ± 0.0 | 20.0 ± 0.0 | - |" in told  # at the end
-    assert "| stable-lora | 0.001, 2, 0.1 | - | 2 | 60.0 ± 0.0 | 30.0 ± 0.0 | - | 20.0 ± 0.0 | - |" in told
+    assert "| adamw | 0.002*, 2, - | 2 | 40.0 ± 0.0 | 20.0 ± 0.0 | - |" in told  # at the end of what was searched
+    assert "| searched | s = 2, η = 0.001 | s = 2, η = 0.002 |" in told
+    assert "| adamw | 30.0, 0.70 | 40.0, 0.60 |" in told
+    assert "| stable-lora | 0.001, 2, 0.1 | 2 | 60.0 ± 0.0 | 30.0 ± 0.0 | - | 20.0 ± 0.0 | - |" in told
     assert "Before training: 25.0 %, summed 50.0 %, 3.000 nats per token." in told
     assert "the most characters: 40.0 %." in told
     assert "AdamW at Stable-LoRA's η = 0.001 and s = 2: 50.0 ± 0.0 %, 0.500 ± 0.000 nats per token." in told
     assert "Stable-LoRA minus that: 10.0 ± 0.0 points, -0.100 ± 0.000 nats" in told
-    assert "Measured at abc." in told
+    assert "Measured on Xeon at abc (adamw, stable-lora, AdamW at Stable-LoRA's η and s); on EPYC at abc (the " in told
