@@ -6,10 +6,10 @@ Question:  does it matter that the shrink stops; which λ; does AdamW with weigh
 Command:   python -m experiments.ablation
            python -m experiments.ablation --scale 2 --lams 0.02 --controls 0.02    (where pairs become stable early)
            python -m experiments.ablation --lengths 1 3 10     (AdamW and λ = 0.001 for longer too; --help)
-Hardware:  2 CPU cores, 6 GB. Minutes: 4 to 8 a cell of one epoch; 11 variants x 3 seeds, about 3.5 hours; the
-           lengths 3 and 10 another 8 hours.
+Hardware:  2 CPU cores, 6 GB. Minutes: 4 to 8 a cell of one epoch; 11 variants x 3 seeds, about 3.5 hours; 12 to 20 a
+           cell of three epochs, 40 to 70 of ten.
 Expected:  the paper has at most 0.14 points between stopping and shrinking on, at λ <= 0.005. Here AdamW has
-           67 +- 2 % per token, and what stops is within a point of it; at λ = 0.02 what never stops is 12 points below.
+           67 +- 2 % per token, and what stops is within a point of it; at λ = 0.02 what never stops is 11 points below.
 
 Whether stopping matters can show only where pairs stop: at s = 16 and λ = 0.001 none does within an epoch, so that run
 and the one that never stops are the same; at λ = 0.005 some do in its last steps. At s = 2 and λ = 0.02 all do within

@@ -2,7 +2,7 @@
 
 A cell is a training configuration and the questions it is scored on; its key is a hash of both, so a cell means the
 same wherever it stands. `run_cells` skips those that have a line in the results already. A run that was killed is in
-its run directory, named by the key, and goes on from its newest checkpoint.
+its run directory, named by the experiment and the key, and goes on from its newest checkpoint.
 
 A line of experiments/results/NAME.jsonl is one finished cell: configuration, scores with every question's right or
 wrong as a string of 1 and 0 (so that two cells can be compared question by question), steps at which the matrices
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from filelock import FileLock
 
 from experiments.provenance import provenance
 from stable_lora_jax.cli.evaluate import load_with_adapter
@@ -64,6 +65,10 @@ class Options:
     smoke: bool = False
     """Try everything in seconds: a tiny model, 4 steps, and a run killed at 2 steps and resumed."""
 
+    def __post_init__(self):
+        if self.together < 1 or self.ray < 0:
+            raise ValueError(f"together={self.together} is below 1, or ray={self.ray} below 0. Leave them out.")
+
 
 def training(options: Options, task: str, **changes: Any) -> TrainConfig:
     """Returns the run on a task that the options describe: softmax over the choices, unless changed."""
@@ -108,7 +113,7 @@ def run_cells(name: str, cells: Sequence[Cell], options: Options, score: Score |
     todo = [cell for cell in mine if cell.key not in done]
     print(f"{name}: {len(cells)} cells, {len(todo)} to run here", flush=True)
     groups = _groups(todo, options.together)
-    for record in _records(groups, options, score or score_questions):
+    for record in _records(groups, options, options.runs / name, score or score_questions):
         append(file, record)
         done[record["key"]] = record
         told = {key: record[key] for key in ("accuracy_token", "nll_token", "failed") if key in record}
@@ -116,15 +121,15 @@ def run_cells(name: str, cells: Sequence[Cell], options: Options, score: Score |
     return [done[cell.key] for cell in cells if cell.key in done]
 
 
-def _records(groups: Sequence[Sequence[Cell]], options: Options, score: Score) -> Iterator[Record]:
+def _records(groups: Sequence[Sequence[Cell]], options: Options, runs: Path, score: Score) -> Iterator[Record]:
     """Yields the lines of all groups, as they come: run here one after the other, or by Ray."""
     if not options.ray:
         for group in groups:
-            yield from run_group(group, options.runs, score)
+            yield from run_group(group, runs, score)
     elif groups:
         from experiments.on_ray import run_on_ray
 
-        yield from run_on_ray(groups, options.runs, score, options.ray)
+        yield from run_on_ray(groups, runs, score, options.ray)
 
 
 def run_group(group: Sequence[Cell], runs: Path, score: Score) -> Iterator[Record]:
@@ -198,10 +203,11 @@ def finished(name: str, results: Path) -> dict[str, Record]:
 def append(file: Path, record: Record) -> None:
     """Adds a line. The file is written anew and moved into place, so that a kill leaves no half line."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    before = file.read_text() if file.exists() else ""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(before + json.dumps(record, ensure_ascii=False) + "\n")
-    partial.replace(file)
+    with FileLock(file.with_name(f".{file.name}.lock")):  # of the processes that may add lines at once
+        before = file.read_text() if file.exists() else ""
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(before + json.dumps(record, ensure_ascii=False) + "\n")
+        partial.replace(file)
 
 
 def _groups(cells: Sequence[Cell], together: int) -> list[list[Cell]]:
@@ -241,5 +247,5 @@ def stable_at(directory: Path) -> dict[str, list[int]]:
     """Returns pair -> the step at which each matrix of a run became stable, 0 where it did not."""
     lines = read_metrics(directory / "metrics.jsonl")
     norms, stops = next(line["norms"] for line in lines if "norms" in line), stop_steps(lines)
-    counts = {pair: np.size(each["norm_a"]) for pair, each in norms.items()}
-    return {pair: [stops.get(pair, {}).get((i,), 0) for i in range(count)] for pair, count in counts.items()}
+    stacks = {pair: np.shape(each["norm_a"]) for pair, each in norms.items()}
+    return {pair: [stops.get(pair, {}).get(index, 0) for index in np.ndindex(shape)] for pair, shape in stacks.items()}

@@ -12,8 +12,8 @@ from stable_lora_jax.lora import inject_lora, lora_modules, save_adapter
 from stable_lora_jax.models import Decoder
 from stable_lora_jax.training import SweepPoint, make_loss, split_model, train_sweep
 
-# What may differ within a group; the run directory says nothing about what is computed.
-VARYING = {"learning_rate", "alpha", "lam", "ratio", "seed", "run_dir"}
+# What may differ within a group.
+VARYING = {"learning_rate", "alpha", "lam", "ratio", "seed"}
 
 
 def train_together(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:

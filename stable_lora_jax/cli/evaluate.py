@@ -101,9 +101,12 @@ def _held_out(config: EvalConfig) -> list[Any]:
 
 
 def base_of(given: str | None, adapter: Path | None) -> str:
-    """Returns the name of the base to load: as given, or the one that an adapter of ours names, or the default."""
-    if given or adapter is None or (adapter / PEFT_CONFIG).is_file():
+    """Returns the name of the base to load: as given, or the one that the adapter names, or the default."""
+    if given or adapter is None:
         return given or TrainConfig.model
+    if (adapter / PEFT_CONFIG).is_file():
+        named = read_json(adapter / PEFT_CONFIG).get("base_model_name_or_path") or TrainConfig.model
+        return next((alias for alias, name in HUB_NAMES.items() if name == named), named)
     return read_adapter_spec(adapter_file(adapter)).base
 
 

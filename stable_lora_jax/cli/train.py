@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,6 +157,7 @@ class TrainConfig:
         known("method", self.method, METHODS)
         known("loss", self.loss, LOSSES)
         known("lam_schedule", self.lam_schedule, SCHEDULES)
+        known("schedule", self.schedule, SCHEDULES)
         known("dtype", self.dtype, tuple(DTYPES))
         known("prompt_format", self.prompt_format, PROMPT_FORMATS)
         known_data(self.data)
@@ -191,20 +192,22 @@ class TrainConfig:
 
 # How a run is carried out, as opposed to what is computed: may differ when it is resumed.
 _FREE_ON_RESUME = {
-    *(
-        "resume",
-        "auto_resume",
-        "overwrite",
-        "run_dir",
-        "save_every",
-        "keep",
-        "keep_best",
-        "norms_every",
-        "log",
-        "mesh",
-        "remat",
-    ),
-    *("distributed", "coordinator", "processes", "process_id", "heartbeat_timeout"),
+    "resume",
+    "auto_resume",
+    "overwrite",
+    "run_dir",
+    "save_every",
+    "keep",
+    "keep_best",
+    "norms_every",
+    "log",
+    "mesh",
+    "remat",
+    "distributed",
+    "coordinator",
+    "processes",
+    "process_id",
+    "heartbeat_timeout",
 }
 
 
@@ -358,7 +361,12 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def described(config: TrainConfig) -> dict[str, object]:
     """Returns what of a configuration decides what is computed: all but where it goes and how it is carried out."""
-    return {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
+    floats = {field.name for field in fields(config) if field.type is float}  # 16 is 16.0
+    return {
+        name: float(value) if name in floats else value
+        for name, value in asdict(config).items()
+        if name not in _FREE_ON_RESUME
+    }
 
 
 def known(field: str, value: str, allowed: tuple[str, ...]) -> None:

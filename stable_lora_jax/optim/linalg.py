@@ -151,9 +151,9 @@ def inverse(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
 def orthonormalizers(
     xs: Sequence[Float[Array, "_k _r _rows"]],
 ) -> tuple[list[Float[Array, "_k _r _r"]], list[Float[Array, "_k _r _rows"]]]:
-    """Returns for every X a T and X T, whose columns are orthonormal: with X = U R, X T = U and T = pinv(R).
+    """Returns for every X a T and X T, whose columns are orthonormal: with X = U R, X T = U and T = R⁻¹.
 
-    Where X loses rank, columns of T and of X T are 0.
+    Where X loses rank, T leaves out columns that depend on those before them: they are 0 in T and in X T.
     """
     first = in_one_call(_inverse_root, [gram(x, x) for x in xs])
     nearly = [times(x, t) for x, t in zip(xs, first, strict=True)]

@@ -5,6 +5,9 @@ the width keeps both alive. In practice one constant serves: the paper advises a
 with 4.
 
 As in PEFT's implementation the decay of a factor uses that factor's learning rate, so B decays `ratio` times as fast.
+
+Moments are Optax's, in the parameters' dtype: with bfloat16 adapters b2 = 0.999 rounds to 1, and the second moment only
+grows, as it does in `optax.adamw`. Keep adapters in float32, as our own injection does.
 """
 
 import math

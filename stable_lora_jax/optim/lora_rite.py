@@ -2,7 +2,7 @@
 
 Adam scales the entries of A and of B, so (A, B) and (A R⁻¹, R B), the same model, train differently. LoRA-RITE works in
 coordinates that both share. Write the factors as tall matrices X_A = A: (n, r) and X_B = Bᵀ: (m, r), and X = U R with
-orthonormal U. Per factor, with Y the other factor of its pair, T = pinv(R_Y) and U_Y = Y T:
+orthonormal U. Per factor, with Y the other factor of its pair, T = R_Y⁻¹ and U_Y = Y T:
 
     u = g T                                             the gradient as if Y were orthonormal
     P = U_Yᵀ U_Y,old                                    the old basis in the new one
@@ -14,7 +14,7 @@ with d = b (1 - b^(t-1)) / (1 - b^t), Adam's bias correction made part of the av
 P V Pᵀ loses of V ("escape", off by default). Before that, a factor whose u has a root mean square above
 `update_skipping` does not move (u = 0), and all u together are clipped to the global norm `clip`.
 
-Deviations from the reference code, none of which shows in a run that the reference survives:
+Deviations from the reference code, none of which shows in its traces:
   * the state is in the optimizer state, and is there after a checkpoint; the reference forgets it.
   * everything inside is float32 for narrower adapters, which the reference does not take.
   * directions that no gradient has shown yet, where V's eigenvalues are zero within rounding, do not move. In the
@@ -125,7 +125,7 @@ def lora_rite(
       b1, b2, eps, clip, update_skipping, update_capping, escape: see `scale_by_lora_rite`.
       balance: rescale A and B to equal norms after every step; their product stays.
       weight_decay: decoupled, times the learning rate.
-      max_step_a: largest ‖ΔA‖/‖A‖ of a step, e.g. 0.1; None, the reference, does not limit it.
+      max_step_a: largest ‖ΔA‖/‖A‖ of a step before `balance`, e.g. 0.1; None, the reference, does not limit it.
       labels, stack_axes: which leaves are A and B, and which axes count matrices; see `find_pairs`.
 
     Raises:

@@ -98,6 +98,8 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
         for index in (a, b):
             _check_floating(paths[index], leaves[index])
         shapes = jnp.shape(leaves[a]), jnp.shape(leaves[b])
+        if 0 in (*shapes[0], *shapes[1]):
+            raise ValueError(f"The pair '{name}' has an axis of size 0: A {shapes[0]}, B {shapes[1]}. Leave it out.")
         axes = _stack_axes(name, *shapes, stack_axes)
         fan_ratio = math.prod(shapes[0]) / math.prod(shapes[1])
         pairs.append(Pair(name, a, b, axes, fan_ratio, _rank_axes(*shapes, axes)))

@@ -15,7 +15,8 @@ Two orderings are published, and they are not the same algorithm (3.5 to 4.8 % a
 To reproduce that code: ``riemannian_adamw(lr, ordering="sequential", reg=1e-6, eps=1e-6, bias_correction=False)``.
 
 Deviations: moments and preconditioner are float32 for narrower adapters (the references work in the parameters' dtype);
-a singular Gram matrix is inverted on its range, where a reference would divide by zero.
+where a Gram matrix is singular, columns that depend on those before them are left out of its inverse, where a reference
+would divide by zero.
 """
 
 import math

@@ -76,7 +76,11 @@ class StableLoraState(NamedTuple):
 
 
 class PairStability(NamedTuple):
-    """How far a pair is, one element per matrix of a stack: norms ‖A‖_F and ‖B‖_F, gap = (‖A‖/n)/(‖B‖/m), the flag."""
+    """How far a pair is, one element per matrix of a stack: norms ‖A‖_F and ‖B‖_F, gap = (‖A‖/n)/(‖B‖/m), the flag.
+
+    Norms and gap are of now; the flag is of the last step's start, so it follows a gap below 1 by one step, and stays
+    where the gap rises again.
+    """
 
     norm_a: Float[Array, "*stack"]
     norm_b: Float[Array, "*stack"]

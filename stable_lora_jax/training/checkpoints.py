@@ -119,6 +119,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except _OtherStructureError as error:
             raise ValueError(str(error)) from None
+        except jax.errors.JaxRuntimeError:
+            raise  # of the devices, which all processes meet on
         except Exception as error:  # whatever the many layers below make of a file that is not what they wrote
             raise ValueError(
                 f"{folder} is no whole checkpoint of this program ({_first_line(error)}). Nothing was changed. Move it "

@@ -67,6 +67,8 @@ def join_processes(
             shutdown_timeout_seconds=heartbeat_timeout,
         )
     except ValueError as error:
+        if coordinator:
+            raise ValueError(f"{told}: JAX refuses them ({error})") from error
         raise ValueError(
             f"No Cloud TPU, SLURM, Open MPI or Kubernetes job is found here ({error}) Start the processes by one of "
             "them, or give coordinator, processes and process_id."

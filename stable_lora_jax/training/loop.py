@@ -46,7 +46,7 @@ from stable_lora_jax.training.step import StepMetrics, TrainState, compile_step,
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training met a loss or gradient that is not finite; the message names the step and what is kept."""
+    """Training met a loss, gradient or update that is not finite; the message names the step and what is kept."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def train(
 ) -> TrainResult:
     """Trains the adapters inside `model`, in place, and returns how it ended.
 
-    SIGINT and SIGTERM let the step under way finish, save, and return. A loss or gradient that is not finite raises,
-    and leaves the last checkpoint as it is. Several processes call it alike (see `training.distributed`); a signal to
-    any of them stops all.
+    SIGINT and SIGTERM let the step under way finish, save, and return. A loss, gradient or update that is not finite
+    raises, and leaves the last checkpoint as it is. Several processes call it alike (see `training.distributed`); a
+    signal to any of them stops all.
 
     Args:
       model: a model with adapters.
@@ -201,11 +201,11 @@ class _Record:
         if self._waiting is None:
             return
         (step, metrics, tokens), self._waiting = self._waiting, None
-        self.loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        if not np.isfinite(self.loss) or not np.isfinite(grad_norm):
+        self.loss, grad_norm, update_norm = (float(each) for each in metrics[:3])
+        if not np.isfinite([self.loss, grad_norm, update_norm]).all():
             kept = self.latest_checkpoint()
             raise NonFiniteLossError(
-                f"Step {step} has loss {self.loss} and gradient norm {grad_norm}. "
+                f"Step {step} has loss {self.loss}, gradient norm {grad_norm} and update norm {update_norm}. "
                 + (f"The checkpoint of step {kept} is kept. " if kept is not None else "No checkpoint was saved yet. ")
                 + "Lower the learning rate or the scale alpha / r, or look at the data of this step."
             )
@@ -217,6 +217,7 @@ class _Record:
             step=step,
             loss=self.loss,
             grad_norm=grad_norm,
+            update_norm=update_norm,
             learning_rate=self.rates[step - 1],
             tokens_per_second=rate,
             stable=stable,

@@ -1,10 +1,10 @@
 """metrics.jsonl: one JSON object a line, appended while a run goes on, readable at any time.
 
-Lines: ``{"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "stable", "pairs"}`` every step;
-``{"step", "pair", "index", "stable": true}`` when a matrix becomes stable; ``{"step", "norms": {pair: {norm_a, norm_b,
-gap, delta_1, delta_2, delta_3}}}`` every few steps, each a list over the matrices of a stack (the last three, see
-`update_terms`, only after a step), and with LoRA-RITE ``{"step", "lora_rite": {clip_factor, skipped_a, skipped_b}}``.
-What is not finite (the gap while B = 0) is null.
+Lines: ``{"step", "loss", "grad_norm", "update_norm", "learning_rate", "tokens_per_second", "stable", "pairs"}`` every
+step; ``{"step", "pair", "index", "stable": true}`` when a matrix becomes stable; ``{"step", "norms": {pair: {norm_a,
+norm_b, gap, delta_1, delta_2, delta_3}}}`` every few steps, each a list over the matrices of a stack (the last three,
+see `update_terms`, only after a step), and with LoRA-RITE ``{"step", "lora_rite": {clip_factor, skipped_a,
+skipped_b}}``. What is not finite (the gap while B = 0) is null.
 """
 
 import json
@@ -40,13 +40,18 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file; a last line cut short by a kill is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    """Returns the lines of a metrics file; a last line cut short by a kill is left out.
+
+    Raises:
+      ValueError: another line is damaged.
+    """
+    texts, lines = path.read_text().splitlines() if path.exists() else [], []
+    for number, text in enumerate(texts, start=1):
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise ValueError(f"{path}, line {number} of {len(texts)} is no JSON ({error}). Mend it.") from error
     return lines
 
 

@@ -37,10 +37,18 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports: mean loss, gradient norm before clipping, and the flag of every pair (none for AdamW)."""
+    """What a step reports.
+
+    Attributes:
+      loss: mean over what the loss counts, before the update.
+      grad_norm: global norm of the gradients, before clipping.
+      update_norm: global norm of what the adapters move by, the shrink included.
+      stable: pair -> flags after the update; none for other methods.
+    """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    update_norm: Float[Array, ""]
     stable: dict[str, Bool[Array, "*stack"]]
 
 
@@ -87,7 +95,7 @@ def train_step(
       loss: from `make_loss`.
       optimizer: updates the adapters.
       accumulate: number of parts that the batch's rows are processed in, one after the other, to save memory; the
-        result is that of the whole batch.
+        result is that of the whole batch, but for dropout, whose masks every part draws anew.
       state: where training stands; donate it.
       frozen: the base model.
       batch: B rows, B a multiple of `accumulate`.
@@ -118,7 +126,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
     adapters = optax.apply_updates(state.adapters, updates)
     stable = {name: flag for found in find_states(opt_state, StableLoraState) for name, flag in found.stable.items()}
-    metrics = StepMetrics(total / count, optax.tree.norm(grads), stable)
+    metrics = StepMetrics(total / count, optax.tree.norm(grads), optax.tree.norm(updates), stable)
     return TrainState(state.step + 1, adapters, opt_state), metrics
 
 

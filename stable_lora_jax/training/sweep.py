@@ -108,7 +108,7 @@ def train_sweep(
         state, metrics = step(state, numbers, frozen, batch)
         history.append(metrics)
     history = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(history))
-    finite = np.isfinite(history.loss) & np.isfinite(history.grad_norm)
+    finite = np.isfinite([history.loss, history.grad_norm, history.update_norm]).all(0)
     adapters = tuple(jax.tree.map(lambda x, k=k: x[k], jax.device_get(state.adapters)) for k in range(len(points)))
     return SweepResult(
         adapters=adapters,

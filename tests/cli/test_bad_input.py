@@ -61,7 +61,7 @@ def flags(model_dir, data_file, tmp_path):
         ("--lam-schedule x", "lam_schedule='x' is unknown. Known: cosine, linear, constant"),
         ("--drop-overlap", "drop_overlap is for tasks"),
         ("--run-dir gs://bucket/run", "run_dir=gs:/bucket/run is a URL"),
-        ("--schedule x", "schedule='x' is unknown. Known schedules: cosine, linear, constant"),
+        ("--schedule x", "schedule='x' is unknown. Known: cosine, linear, constant"),
         ("--dtype x", "dtype='x' is unknown. Known: float32, bfloat16"),
         ("--source x", "invalid choice 'x' for argument '--source'. Expected one of ('wheel', 'hub')"),
         ("--targets x", "LoRA targets ['x'] match no Linear layer"),

@@ -4,12 +4,13 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments.cells import Cell, Options, append, finished, part_of, read_lines, run_cells
+from experiments.cells import Cell, Options, append, finished, part_of, read_lines, run_cells, stable_at
 from stable_lora_jax.cli.train import TrainConfig
 from tests.models import tiny
 
@@ -30,6 +31,8 @@ def options_in(folder: Path, **changes) -> Options:
 def test_the_key_is_of_what_is_computed(base, tmp_path):
     key = Cell(train=base).key
     assert Cell(train=replace(base, run_dir=tmp_path, save_every=1, resume=True)).key == key
+    whole: dict[str, Any] = {"alpha": 16, "lam": 0}  # as the command line would not write them
+    assert Cell(train=replace(base, **whole)).key == Cell(train=replace(base, alpha=16.0, lam=0.0)).key
     others = [Cell(train=replace(base, seed=1)), Cell(train=replace(base, lam=0.2)), Cell(train=base, score_on="test")]
     assert len({key, *(cell.key for cell in others)}) == 4
     # A line from before an option existed still counts: what it did is today's default.
@@ -38,13 +41,22 @@ def test_the_key_is_of_what_is_computed(base, tmp_path):
     assert list(finished("old", tmp_path)) == [Cell(train=TrainConfig(**old)).key]
 
 
+def test_steps_until_stable_of_stacks_and_of_single_pairs(tmp_path):
+    norms = {"layers/q": {"norm_a": [1.0, 2.0]}, "head": {"norm_a": 3.0}, "tail": {"norm_a": 3.0}}
+    lines = [{"step": 0, "norms": norms}]
+    lines += [{"step": 5, "pair": "layers/q", "index": [1], "stable": True}]
+    lines += [{"step": 7, "pair": "head", "index": [], "stable": True}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert stable_at(tmp_path) == {"layers/q": [0, 5], "head": [7], "tail": [0]}
+
+
 def test_together_is_as_alone_and_a_failure_is_a_line_too(base, tmp_path):
     numbers = [{"learning_rate": 1e-2, "alpha": 4.0}, {"learning_rate": 3e38}, {"seed": 1, "alpha": 16.0}]
     cells = [Cell(train=replace(base, **each), score_on="holdout") for each in numbers]
     alone = run_cells("x", cells[:2], options_in(tmp_path / "alone"))
     options = options_in(tmp_path / "together", together=4)
     together = run_cells("x", cells, options)
-    files = [tmp_path / kind / "runs" / cells[0].key / "adapter.safetensors" for kind in ("alone", "together")]
+    files = [tmp_path / kind / "runs" / "x" / cells[0].key / "adapter.safetensors" for kind in ("alone", "together")]
     first, second = map(load_file, files)
     for name, matrix in first.items():
         np.testing.assert_allclose(second[name], matrix, atol=1e-5)
@@ -82,7 +94,7 @@ def test_ray_runs_what_is_missing(base, tmp_path, monkeypatch):
     for field in ("key", "train", "stable_at", "correct_token", "accuracy_token", "commit", "versions"):
         assert [line[field] for line in lines] == [line[field] for line in alone]
     for cell in cells[1:]:
-        files = [tmp_path / kind / "runs" / cell.key / "adapter.safetensors" for kind in ("alone", "ray")]
+        files = [tmp_path / kind / "runs" / "x" / cell.key / "adapter.safetensors" for kind in ("alone", "ray")]
         assert files[0].read_bytes() == files[1].read_bytes()
     written = read_lines("x", options.results)
     assert sorted(line["key"] for line in written) == sorted(cell.key for cell in cells)

@@ -21,6 +21,7 @@ from stable_lora_jax.training import (
     make_loss,
     make_mesh,
     make_optimizer,
+    newest_step,
     read_metrics,
     split_model,
     stop_steps,
@@ -45,13 +46,13 @@ def optimizer_for(method):
     return make_optimizer(method, RATE, lam=0.2, ratio=4.0, weight_decay=0.01, clip_norm=1.0)
 
 
-def run(directory, method="stable-lora", *, model=None, dropout=0.0, steps=6, **kwargs):
+def run(directory, method="stable-lora", *, model=None, optimizer=None, dropout=0.0, steps=6, **kwargs):
     """Trains and returns the model and the result."""
     model = model or adapted(dropout=dropout)
     directory.mkdir(exist_ok=True)
     defaults = {"save_every": 3, "norms_every": 1, "progress": False, "learning_rate": RATE}
     result = train(
-        *(model, batches(), optimizer_for(method)),
+        *(model, batches(), optimizer or optimizer_for(method)),
         loss=make_loss("answer", 1),
         total_steps=steps,
         run_dir=directory,
@@ -200,12 +201,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_p
     broken: Any = adapted()
     broken.norm.scale[...] = jnp.full_like(broken.norm.scale[...], jnp.nan)
     before = split_model(broken)[1]
-    with pytest.raises(NonFiniteLossError, match=r"Step 4 has loss nan .*The checkpoint of step 3 is kept"):
+    with pytest.raises(NonFiniteLossError, match=r"Step 4 has loss nan, .*The checkpoint of step 3 is kept"):
         run(tmp_path, model=broken, resume=True)
     assert trees_equal(saved_state(tmp_path), kept)
     assert trees_equal(split_model(broken)[1], before)
-    with pytest.raises(NonFiniteLossError, match=r"Step 1 has loss nan .*No checkpoint was saved yet"):
+    with pytest.raises(NonFiniteLossError, match=r"Step 1 has loss nan, .*No checkpoint was saved yet"):
         run(tmp_path / "new", model=broken)
+
+
+def test_an_update_that_is_not_finite_is_never_saved(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"Step 1 has loss \d.* and update norm (inf|nan)\. No checkpoint"):
+        run(tmp_path, steps=1, optimizer=optax.adamw(1e39))  # finite in Python, infinite in float32
+    assert newest_step(tmp_path / "checkpoints") is None
+
+
+def test_a_damaged_line_is_not_taken_for_the_end(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n<<<<<<< HEAD\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 of 3 is no JSON"):
+        read_metrics(file)
+    file.write_text('{"step": 1}\n{"step": 2')
+    assert read_metrics(file) == [{"step": 1}]
 
 
 def test_a_model_trained_on_a_mesh_is_as_usable_as_before(tmp_path):
