@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_p
 
 def test_an_update_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"Step 1 has loss \d.* and update norm (inf|nan)\. No checkpoint"):
-        run(tmp_path, steps=1, optimizer=optax.adamw(1e39))  # finite in Python, infinite in float32
+        run(tmp_path, steps=1, optimizer=optax.adamw(3e38))  # no square of it is finite
     assert newest_step(tmp_path / "checkpoints") is None
 
 
