@@ -39,7 +39,7 @@ def train_together(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
     outcomes: list[dict[str, Any]] = []
     for k, (config, model) in enumerate(zip(configs, models, strict=True)):
         if failed := int(result.failed_at[k]):
-            outcomes.append({"failed": f"Step {failed} has a loss or gradient that is not finite."})
+            outcomes.append({"failed": f"Step {failed} has a loss, gradient or update that is not finite."})
             continue
         nnx.update(model, result.adapters[k])
         save_adapter(config.directory / "adapter.safetensors", model, config.model)

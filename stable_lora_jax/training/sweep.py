@@ -53,7 +53,7 @@ class SweepResult:
     Attributes:
       adapters: the trained matrices of each, as `split_model` gives them.
       losses: of every step.
-      failed_at: the first step whose loss or gradient was not finite, 0 if there was none.
+      failed_at: the first step whose loss, gradient or update was not finite, 0 if there was none.
       stable_at: pair -> the step at which each matrix became stable, 0 if it did not; empty without Stable-LoRA.
     """
 
