@@ -51,7 +51,8 @@ def check_resume(config: Options) -> None:
     lines = (line for file in config.results.glob("*.jsonl") for line in read_metrics(file))
     line = next(line for line in lines if "train" in line)
     cell = Cell(train=TrainConfig(**line["train"]), score_on=line["score_on"])
-    whole, again = config.runs / cell.key, config.runs.with_name("again") / cell.key
+    (whole,) = config.runs.glob(f"*/{cell.key}")
+    again = config.runs.with_name("again") / cell.key
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / str(STEPS))
     (again / "adapter.safetensors").unlink()
