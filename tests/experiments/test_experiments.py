@@ -68,6 +68,13 @@ def test_the_findings_are_those_of_the_lines():
         found = tables.compared(variants[name], variants["AdamW"])
         assert found is not None
         assert abs(100 * found.points.value) < 0.55
+    variants = tables.grouped(lines_of("ablation", steps=843), name_of)
+    long = tables.compared(variants["λ = 0.001"], variants["AdamW"])
+    assert long is not None
+    told = f"after three epochs on answers, λ = 0.001 is {tables.percent(long.points)} points above AdamW, and the right "
+    told += f"answers are {tables.number(long.nats, 3).removeprefix('-')} nats per token likelier "
+    assert told + ("(two seeds)" if len(variants["λ = 0.001"]) == 2 else "(three seeds)") in readme
+    assert long.nats.high < 0
     variants = tables.grouped(lines_of("ablation", steps=281, alpha=2 * 8), name_of)
     for name, told in (("λ = 0.02", "{} points below AdamW"), (f"λ = 0.02{NEVER}", "without the rule {}.")):
         found = tables.compared(variants["AdamW"], variants[name])
