@@ -71,8 +71,8 @@ def test_the_findings_are_those_of_the_lines():
     variants = tables.grouped(lines_of("ablation", steps=843), name_of)
     long = tables.compared(variants["λ = 0.001"], variants["AdamW"])
     assert long is not None
-    told = f"after three epochs on answers, λ = 0.001 is {tables.percent(long.points)} points above AdamW, and the right "
-    told += f"answers are {tables.number(long.nats, 3).removeprefix('-')} nats per token likelier "
+    told = f"after three epochs on answers, λ = 0.001 is {tables.percent(long.points)} points above AdamW, and the "
+    told += f"right answers are {tables.number(long.nats, 3).removeprefix('-')} nats per token likelier "
     assert told + ("(two seeds)" if len(variants["λ = 0.001"]) == 2 else "(three seeds)") in readme
     assert long.nats.high < 0
     variants = tables.grouped(lines_of("ablation", steps=281, alpha=2 * 8), name_of)
