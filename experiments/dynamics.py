@@ -59,7 +59,7 @@ def score(cell: Cell, directory: Path) -> Record:
 
 
 def _quartiles(values: list[float | None] | None) -> list[float] | None:
-    """Returns the quartiles, four digits; of the finite ones; None where there is none."""
+    """Returns the quartiles of what is finite, four digits; None where nothing is."""
     known = [value for value in values or [] if value is not None]
     return [float(f"{q:.4g}") for q in np.quantile(known, (0.25, 0.5, 0.75))] if known else None
 

@@ -22,8 +22,9 @@ def report(results: Path) -> str:
     for record in whole:
         for pair, steps in record["stable_at"].items():
             thirds = [[step for step in part if step] for part in np.array_split(np.array(steps), 3)]
-            rows.append([_name(record), pair.split("/")[-2], f"{np.count_nonzero(steps)} of {len(steps)}"])
-            rows[-1][-1] = rows[-1][-1] if record["train"]["lam"] else "-"  # nothing shrinks
+            shrinks = record["train"]["lam"] > 0
+            rows.append([_name(record), pair.split("/")[-2]])
+            rows[-1].append(f"{np.count_nonzero(steps)} of {len(steps)}" if shrinks else "-")
             rows[-1] += [int(np.median(part)) if part else "-" for part in thirds]
             rows[-1] += [f"{100 * record['accuracy_token']:.1f}", f"{record['nll_token']:.3f}"]
     draw(whole, results / "dynamics.png")

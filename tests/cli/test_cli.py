@@ -15,7 +15,7 @@ from flax import nnx
 
 from stable_lora_jax import training
 from stable_lora_jax.cli import main, run_directory
-from stable_lora_jax.cli.evaluate import load_with_adapter
+from stable_lora_jax.cli.evaluate import base_of, load_with_adapter
 from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
 from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError, read_metrics
@@ -359,3 +359,17 @@ def raising(error):
 
 def last_step(metrics) -> int:
     return max((line["step"] for line in read_metrics(metrics) if "loss" in line), default=0)
+
+
+@pytest.mark.parametrize(
+    ("named", "base"),
+    [
+        ({"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "smollm2-135m"),
+        ({"base_model_name_or_path": "Qwen/Qwen2-0.5B"}, "Qwen/Qwen2-0.5B"),
+        ({}, "smollm2-135m"),
+    ],
+)
+def test_a_peft_directory_names_its_base(tmp_path, named, base):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(named))
+    assert base_of(None, tmp_path) == base
+    assert base_of("other", tmp_path) == "other"
