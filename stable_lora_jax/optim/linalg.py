@@ -19,7 +19,7 @@ return a direction made of rounding errors.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,14 @@ from jaxtyping import Array, Float, Shaped
 
 from stable_lora_jax.optim.pairs import Pair
 
+# What has a shape and a dtype; nothing else is read to find out how leaves are grouped.
+Leaf: TypeAlias = Array | jax.ShapeDtypeStruct
+
 # Up to this many columns, loops over them are unrolled, which lets the compiler fuse their steps.
 _SMALL = 16
 
 
-def alike(pairs: Sequence[Pair], leaves: Sequence[Array]) -> list[list[Pair]]:
+def alike(pairs: Sequence[Pair], leaves: Sequence[Leaf]) -> list[list[Pair]]:
     """Returns the pairs in groups that have the same rank, fan-in, fan-out and dtypes.
 
     The order is that of the pairs' names, in the groups and of the groups, so that what is kept of a group from step to
@@ -194,7 +197,7 @@ def _inverse_root(grams: Float[Array, "k r r"], smallest: Float[Array, "k r"] | 
     return transpose(rows[:, :, rank:])
 
 
-def _order(leaf: Array, pair: Pair, side: int) -> tuple[int, ...]:
+def _order(leaf: Leaf, pair: Pair, side: int) -> tuple[int, ...]:
     """Returns the leaf's axes as stack, rank, rows."""
     assert pair.rank_axes is not None  # `alike` has refused such pairs
     rank_axis = pair.rank_axes[side]
@@ -202,7 +205,7 @@ def _order(leaf: Array, pair: Pair, side: int) -> tuple[int, ...]:
     return (*pair.stack_axes, rank_axis, *rows)
 
 
-def _sizes(leaf: Array, pair: Pair, side: int) -> tuple[int, int, int]:
+def _sizes(leaf: Leaf, pair: Pair, side: int) -> tuple[int, int, int]:
     """Returns (k, r, rows) of a leaf."""
     count = math.prod(leaf.shape[axis] for axis in pair.stack_axes)
     rank = leaf.shape[_order(leaf, pair, side)[len(pair.stack_axes)]]

@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32, Int32
 
+from stable_lora_jax.optim.explicit_axes import auto_inside
 from stable_lora_jax.optim.hyperparameters import Number, check_adam, check_range
 from stable_lora_jax.optim.linalg import (
     alike,
@@ -62,6 +63,7 @@ from stable_lora_jax.optim.pairs import (
     find_pairs,
     find_states,
     is_none,
+    is_placeholder,
 )
 
 
@@ -203,11 +205,17 @@ def scale_by_lora_rite(
         check_range(name, value, 0, math.inf, "0 switches it off.")
 
     def init(params: PyTree) -> LoraRiteState:
+        step, clip_factor = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+        if is_placeholder(params):
+            leaf: Any = step
+            return LoraRiteState(step, leaf, leaf, clip_factor)
         leaves = jax.tree.leaves(params, is_leaf=is_none)
         groups = alike(find_pairs(params, labels, stack_axes), leaves)
-        a, b = (tuple(_start(x) for x in side) for side in factors(groups, leaves))
-        return LoraRiteState(jnp.zeros((), jnp.int32), a, b, jnp.ones((), jnp.float32))
+        sides = jax.eval_shape(functools.partial(factors, groups), leaves)  # their shapes and dtypes are enough
+        a, b = (tuple(_start(x) for x in side) for side in sides)
+        return LoraRiteState(step, a, b, clip_factor)
 
+    @auto_inside
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, LoraRiteState]:
@@ -292,12 +300,12 @@ def lora_rite_report(
     return LoraRiteReport(clip_factor, by_pair(groups, skipped_a, leaves), by_pair(groups, skipped_b, leaves))
 
 
-def _start(x: Float[Array, "k r rows"]) -> FactorState:
+def _start(x: jax.ShapeDtypeStruct) -> FactorState:
+    """Returns the state before the first step of a factor (k, r, rows)."""
     count, rank, _ = x.shape
-    zeros = jnp.zeros((count, rank, rank), x.dtype)
-    return FactorState(
-        jnp.zeros_like(x), jnp.zeros_like(x), zeros, jnp.zeros(count, x.dtype), jnp.zeros(count, jnp.int32)
-    )
+    basis, first = (jnp.zeros(x.shape, x.dtype) for _ in range(2))
+    second = jnp.zeros((count, rank, rank), x.dtype)
+    return FactorState(basis, first, second, jnp.zeros(count, x.dtype), jnp.zeros(count, jnp.int32))
 
 
 def _debiased(beta: Number, step: Array) -> Array:
@@ -361,15 +369,17 @@ def _on_pairs(
 ) -> optax.GradientTransformation:
     """Returns a link that replaces the updates of every pair by ``function(a, b, update of a, update of b)``."""
 
-    def update(updates: PyTree, params: PyTree) -> PyTree:
+    @auto_inside
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object) -> tuple[PyTree, Any]:
+        del extra_args
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         values = jax.tree.leaves(params, is_leaf=is_none)
         groups = alike(find_pairs(params, labels, stack_axes), values)
         each = zip(*factors(groups, values), *factors(groups, leaves), strict=True)
         moves_a, moves_b = zip(*(function(*group) for group in each), strict=True)
-        return jax.tree.unflatten(treedef, put_back(groups, moves_a + moves_b, leaves))
+        return jax.tree.unflatten(treedef, put_back(groups, moves_a + moves_b, leaves)), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _norm(x: Float[Array, "k r rows"]) -> Float[Array, "k 1 1"]:

@@ -51,6 +51,14 @@ def is_none(node: object) -> bool:
     return node is None
 
 
+def is_placeholder(params: PyTree) -> bool:
+    """Whether `optax.tree.map_params` asks `init` which parts of a state are trees like the parameters.
+
+    What is not like them must then be a leaf, as its structure depends on the parameters. Optax's class is private.
+    """
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def lora_labels(params: PyTree) -> PyTree:
     """Returns a tree like `params` whose leaves are "lora_a", "lora_b" or "other", found by name.
 
@@ -76,7 +84,8 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
     Only paths, shapes and dtypes are read, so it works on tracers and on `jax.ShapeDtypeStruct`.
 
     Args:
-      params: pytree of arrays; None and `optax.MaskedNode` holes are passed over.
+      params: pytree of arrays; None and `optax.MaskedNode` holes are passed over. What `optax.tree.map_params` asks
+        with has no pairs (`is_placeholder`).
       labels: None (by name), a pytree of "lora_a"/"lora_b"/"other" with the structure of `params` or a prefix of it, or
         a callable from a tree of parameters or updates to such labels. With labels, an A and a B that no naming
         convention links belong together when a subtree holds just these two; the pair is then called by the path of
@@ -90,6 +99,8 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
         more than one way; an unknown label; `stack_axes` that are none of the above.
       TypeError: an adapter that is not of a floating dtype.
     """
+    if is_placeholder(params):
+        return ()
     paths, _ = _paths(params)
     leaves = jax.tree.leaves(params, is_leaf=is_none)
     found = _labels_by_name(paths) if labels is None else _labels_given(params, paths, leaves, labels)

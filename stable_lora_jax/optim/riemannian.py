@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32
 
+from stable_lora_jax.optim.explicit_axes import auto_inside
 from stable_lora_jax.optim.hyperparameters import Number, check_adam, check_range
 from stable_lora_jax.optim.linalg import alike, factors, gram, in_one_call, inverse, put_back, times
 from stable_lora_jax.optim.pairs import Labels, Pair, PyTree, StackAxes, find_pairs, is_none
@@ -77,6 +78,7 @@ def scale_by_riemannian(
         _groups(params, labels, stack_axes)
         return optax.EmptyState()
 
+    @auto_inside
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, optax.EmptyState]:
@@ -130,9 +132,10 @@ def riemannian_adamw(
 
     def init(params: PyTree) -> RiemannianState:
         _groups(params, labels, stack_axes)
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params)
-        return RiemannianState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+        first, second = (jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p.dtype)), params) for _ in range(2))
+        return RiemannianState(jnp.zeros((), jnp.int32), first, second)
 
+    @auto_inside
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, RiemannianState]:
@@ -140,7 +143,7 @@ def riemannian_adamw(
         a, b, groups = _factors(params, labels, stack_axes)
         step = state.step + 1
         rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
-        grads, treedef = jax.tree.flatten(jax.tree.map(lambda g: g.astype(_wide(g)), updates), is_leaf=is_none)
+        grads, treedef = jax.tree.flatten(jax.tree.map(lambda g: g.astype(_wide(g.dtype)), updates), is_leaf=is_none)
         grad_a, grad_b = factors(groups, grads)
 
         def adamw(preconditioned: list[Array]) -> tuple[PyTree, PyTree, PyTree]:
@@ -198,6 +201,6 @@ def _groups(params: PyTree, labels: Labels, stack_axes: StackAxes) -> list[list[
     return alike(find_pairs(params, labels, stack_axes), jax.tree.leaves(params, is_leaf=is_none))
 
 
-def _wide(leaf: Array) -> jnp.dtype:
-    """Returns the dtype in which moments are kept: that of the leaf, but at least float32."""
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype in which the moments of a leaf are kept: its own, but at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from stable_lora_jax.optim.explicit_axes import auto_inside
 from stable_lora_jax.optim.hyperparameters import check_range
 from stable_lora_jax.optim.pairs import (
     Labels,
@@ -46,6 +47,7 @@ from stable_lora_jax.optim.pairs import (
     find_states,
     frobenius_norm,
     is_none,
+    is_placeholder,
     matrix_axes,
 )
 
@@ -120,8 +122,9 @@ def stable_lora_shrink(
         check_range("lam", lam, 0, 1, _LAM)
 
     def init(params: PyTree) -> StableLoraState:
-        return _init(params, find_pairs(params, labels, stack_axes))
+        return _init(params, labels, stack_axes)
 
+    @auto_inside
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, StableLoraState]:
@@ -172,8 +175,9 @@ def stable_lora(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> tuple[StableLoraState, optax.OptState]:
-        return _init(params, find_pairs(params, labels, stack_axes)), inner.init(params)
+        return _init(params, labels, stack_axes), inner.init(params)
 
+    @auto_inside
     def update(
         updates: PyTree,
         state: Any,
@@ -241,13 +245,17 @@ def stability(
     return report
 
 
-def _init(params: PyTree, pairs: Sequence[Pair]) -> StableLoraState:
-    leaves = jax.tree.leaves(params, is_leaf=is_none)
+def _init(params: PyTree, labels: Labels, stack_axes: StackAxes) -> StableLoraState:
+    step = jnp.zeros((), jnp.int32)
+    if is_placeholder(params):
+        leaf: Any = step
+        return StableLoraState(step, leaf, leaf)
+    leaves, pairs = jax.tree.leaves(params, is_leaf=is_none), find_pairs(params, labels, stack_axes)
     shapes = {pair.name: tuple(leaves[pair.a].shape[axis] for axis in pair.stack_axes) for pair in pairs}
     return StableLoraState(
-        step=jnp.zeros((), jnp.int32),
+        step=step,
         stable={name: jnp.zeros(shape, jnp.bool_) for name, shape in shapes.items()},
-        pending={p.name: jnp.ones(shapes[p.name], jnp.float32) for p in pairs if _is_narrow(leaves[p.a])},
+        pending={p.name: jnp.ones(shapes[p.name], jnp.float32) for p in pairs if _is_narrow(leaves[p.a].dtype)},
     )
 
 
@@ -302,5 +310,5 @@ def _spread(factor: Array, a: Array, pair: Pair) -> Array:
     return jnp.expand_dims(factor, matrix_axes(a.ndim, pair.stack_axes))
 
 
-def _is_narrow(a: Array) -> bool:
-    return jnp.finfo(a.dtype).bits < 32
+def _is_narrow(dtype: jnp.dtype) -> bool:
+    return jnp.finfo(dtype).bits < 32

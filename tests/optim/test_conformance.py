@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stable_lora_jax import (
@@ -207,6 +207,27 @@ def test_init_refuses_what_is_no_pair(row):
 
 
 @rows
+def test_init_needs_only_shapes(row):
+    tx, (params, _) = _transformation(row), _problem("asymmetric")
+    chex.assert_trees_all_equal(tx.init(jax.eval_shape(lambda: params)), tx.init(params))
+
+
+@rows
+def test_optax_tells_which_parts_of_the_state_are_like_the_parameters(row, eight_devices):
+    mesh = jax.make_mesh((8,), ("fsdp",), devices=eight_devices, axis_types=(AxisType.Auto,))
+    (make, rate), params = ROWS[row], _stack("plain")
+    tx = make(rate, stack_axes=(0,))
+    state = jax.eval_shape(tx.init, params)
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
+    split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    shardings = optax.tree.map_params(tx, lambda _: split, state, transform_non_params=lambda _: whole)
+    placed = jax.jit(tx.init, out_shardings=shardings)(params)
+    for path, leaf in jax.tree.leaves_with_path(placed):
+        moment = any(getattr(key, "name", None) in ("mu", "nu", "first", "second") for key in path)
+        assert leaf.sharding.is_equivalent_to(split if moment and "rite" not in row else whole, leaf.ndim), path
+
+
+@rows
 def test_state_keeps_its_structure_under_cond(row):
     make, rate, params, loss = _case(row, "stacked")
     tx = make(rate)
@@ -226,8 +247,9 @@ def test_state_keeps_its_structure_under_cond(row):
 
 
 @rows
-def test_equals_one_device_on_eight(row, eight_devices):
-    mesh = jax.make_mesh((8,), ("fsdp",), devices=eight_devices, axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_equals_one_device_on_eight(row, axis_type, eight_devices):
+    mesh = jax.make_mesh((8,), ("fsdp",), devices=eight_devices, axis_types=(axis_type,))
     expected, expected_state = _expected_moves(row)
     # Split over the stack; and over the fan-in of A and the fan-out of B.
     for a, b in (((P("fsdp"),) * 2), (P(None, "fsdp"), P(None, None, "fsdp"))):
