@@ -9,9 +9,12 @@ This import is light: JAX and Optax only. Models, adapters, data and training ar
 from stable_lora_jax.optim import (
     LoraRiteReport,
     LoraRiteState,
+    Pair,
     PairStability,
     RiemannianState,
     StableLoraState,
+    UpdateTerms,
+    find_pairs,
     lora_labels,
     lora_plus,
     lora_rite,
@@ -22,14 +25,18 @@ from stable_lora_jax.optim import (
     stability,
     stable_lora,
     stable_lora_shrink,
+    update_terms,
 )
 
 __all__ = [
     "LoraRiteReport",
     "LoraRiteState",
+    "Pair",
     "PairStability",
     "RiemannianState",
     "StableLoraState",
+    "UpdateTerms",
+    "find_pairs",
     "lora_labels",
     "lora_plus",
     "lora_rite",
@@ -40,4 +47,5 @@ __all__ = [
     "stability",
     "stable_lora",
     "stable_lora_shrink",
+    "update_terms",
 ]

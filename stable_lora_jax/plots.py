@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from stable_lora_jax.training.metrics import read_metrics, stop_steps
@@ -83,8 +84,6 @@ def _draw_layers(ax: Any, steps: list[int], values: list[Any], stops: dict[tuple
 
 
 def _shades(count: int) -> np.ndarray:
-    from matplotlib import colormaps
-
     return colormaps["viridis"](np.linspace(0, 0.9, count))
 
 

@@ -164,7 +164,8 @@ def _score_chunks(graph: nnx.GraphDef, state: nnx.State, batch: Batch, where: Ar
 
     def score(chunk: Array, scores: Array) -> Array:
         part = [jax.lax.dynamic_slice_in_dim(array, chunk * _CHUNK, _CHUNK) for array in (read, targets)]
-        return jax.lax.dynamic_update_slice_in_dim(scores, _log_p(model, *part), chunk * _CHUNK, 0)
+        log_p = _log_p(nnx.merge(graph, state), *part)
+        return jax.lax.dynamic_update_slice_in_dim(scores, log_p, chunk * _CHUNK, 0)
 
     return jax.lax.fori_loop(0, chunks, score, jnp.zeros(where.shape))
 

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +64,17 @@ class LoRALinear(nnx.Module):
         """The factor s of the adapter's output."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def __call__(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
-        """The base layer's output plus the adapter's, in the base layer's output dtype."""
-        y = self.base(x)
+    def __call__(self, x: Float[Array, "*batch n"], out_sharding: Any = None) -> Float[Array, "*batch m"]:
+        """The base layer's output plus the adapter's, in the base layer's output dtype.
+
+        Args:
+          x: the input.
+          out_sharding: of the output, as `nnx.Linear` takes it; for meshes with Explicit axes.
+        """
+        y = self.base(x) if out_sharding is None else self.base(x, out_sharding=out_sharding)
         x = x if self.dropout is None else self.dropout(x)
         down = x.astype(y.dtype) @ self.lora_a[...].astype(y.dtype)
-        return y + (self.scale * down) @ self.lora_b[...].astype(y.dtype)
+        return y + jnp.matmul(self.scale * down, self.lora_b[...].astype(y.dtype), out_sharding=out_sharding)
 
 
 def _check_ranges(rank: int, alpha: float, dropout: float) -> None:

@@ -1,8 +1,9 @@
 """Frozen weights in 8 or 4 bits, so that a larger base fits: QLoRA (arXiv 2305.14314), quantized by Qwix.
 
 Only the kernels of Linear layers are quantized: biases, norms, embeddings and the output layer keep their
-dtype, and so do adapters. A kernel is read back to the computation's dtype one layer at a time where it is used, in the
-forward pass and again in the backward pass, so no float copy of the base is ever held.
+dtype, and so do adapters. A kernel is read back to the computation's dtype where it is used, in the forward pass and
+again in the backward pass, so that a model which runs its layers in a loop, as ours does, never holds a float copy of
+the base. Of layers that are written out one after the other, the compiler may keep what was read back.
 
 Deviation from the paper: the scales of nf4 stay in float32 instead of being quantized once more, which takes 0.5 bit a
 weight instead of 0.127. On a CPU, XLA unpacks 4 bits to 8 while a step runs; stored, they are 4.
@@ -10,12 +11,13 @@ weight instead of 0.127. On a CPU, XLA unpacks 4 bits to 8 while a step runs; st
 
 import math
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import qwix
 from flax import nnx
+from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
@@ -48,15 +50,16 @@ class QuantizedLinear(nnx.Linear):
         # Not super().__init__, which would draw a float kernel first.
         self.kind = kind
         self.in_features, self.out_features, self.use_bias = linear.in_features, linear.out_features, linear.use_bias
-        self.dtype, self.preferred_element_type = linear.dtype, linear.preferred_element_type
-        self.param_dtype = linear.kernel.dtype
+        self.dtype, self.param_dtype = linear.dtype, linear.kernel.dtype
+        self.precision, self.preferred_element_type = linear.precision, linear.preferred_element_type
         value, scale = _quantize(linear.kernel[...], kind)
         self.kernel, self.scale, self.bias = nnx.Param(value), nnx.Param(scale), linear.bias
 
-    def __call__(self, inputs: Num[Array, "*batch n"], out_sharding: None = None) -> Float[Array, "*batch m"]:
+    def __call__(self, inputs: Num[Array, "*batch n"], out_sharding: Any = None) -> Float[Array, "*batch m"]:
         """As `nnx.Linear`."""
         x = inputs.astype(self.dtype or jnp.promote_types(inputs.dtype, self.param_dtype))
-        y = _product(x, self.kernel[...], self.scale[...], self.kind, self.preferred_element_type)
+        options = self.precision, self.preferred_element_type, out_sharding
+        y = _product(x, self.kernel[...], self.scale[...], self.kind, *options)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -123,7 +126,17 @@ def _quantize(kernel: Float[Array, "*stack n m"], kind: str) -> tuple[Array, Flo
 
 
 # Computed again in the backward pass: else the scan over layers would keep the kernels of all of them in float.
-@partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
-def _product(x: Array, value: Array, scale: Array, kind: str, preferred_element_type: DTypeLike | None) -> Array:
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4, 5, 6))
+def _product(
+    x: Array,
+    value: Array,
+    scale: Array,
+    kind: str,
+    precision: PrecisionLike,
+    preferred_element_type: DTypeLike | None,
+    out_sharding: Any,
+) -> Array:
     kernel = qwix.dequantize(qwix.QArray(value, scale, qtype=kind)).astype(x.dtype)
-    return jnp.matmul(x, kernel, preferred_element_type=preferred_element_type)
+    return jnp.matmul(
+        x, kernel, precision=precision, preferred_element_type=preferred_element_type, out_sharding=out_sharding
+    )

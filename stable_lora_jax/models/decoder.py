@@ -253,8 +253,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits of normalised hidden states, over any leading axes."""
         if self.lm_head is not None:
-            graph, params = nnx.split(self.lm_head)
-            return nnx.merge(graph, self.placement.weights("lm_head", params))(hidden)
+            graph, params, rest = nnx.split(self.lm_head, nnx.Param, ...)
+            head = nnx.merge(graph, self.placement.weights("lm_head", params), rest)
+            logits = head(hidden)
+            nnx.update(self.lm_head, nnx.state(head, nnx.Not(nnx.Param)))  # a dropout's count
+            return logits
         embedding = self.placement.weights("embed_tokens.embedding", self.embed_tokens.embedding[...]).astype(
             self.dtype
         )

@@ -13,7 +13,7 @@ from stable_lora_jax.optim.lora_rite import (
     lora_rite_report,
     scale_by_lora_rite,
 )
-from stable_lora_jax.optim.pairs import lora_labels
+from stable_lora_jax.optim.pairs import Pair, find_pairs, lora_labels
 from stable_lora_jax.optim.riemannian import RiemannianState, riemannian_adamw, scale_by_riemannian
 from stable_lora_jax.optim.stable_lora import (
     PairStability,
@@ -27,10 +27,12 @@ from stable_lora_jax.optim.terms import UpdateTerms, update_terms
 __all__ = [
     "LoraRiteReport",
     "LoraRiteState",
+    "Pair",
     "PairStability",
     "RiemannianState",
     "StableLoraState",
     "UpdateTerms",
+    "find_pairs",
     "lora_labels",
     "lora_plus",
     "lora_rite",

@@ -65,7 +65,7 @@ def lora_plus(
 
     def faster_b(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
         moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
-        for pair in find_pairs(updates if params is None else params, labels, stack_axes):
+        for pair in find_pairs(params, labels, stack_axes):  # `optax.adamw` has refused params=None
             moves[pair.b] = (ratio * moves[pair.b]).astype(moves[pair.b].dtype)
         return jax.tree.unflatten(treedef, moves), state
 

@@ -81,22 +81,22 @@ def lora_labels(params: PyTree) -> PyTree:
 def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "infer") -> tuple[Pair, ...]:
     """Returns every LoRA pair of `params`, in the order of their A leaves.
 
-    Only paths, shapes and dtypes are read, so it works on tracers and on `jax.ShapeDtypeStruct`.
+    Only paths, shapes and dtypes are read, so it works on tracers and on `jax.ShapeDtypeStruct`. Where n = m, shapes
+    can be read in both orientations, and the smaller number is taken for the rank: so it must be below n there.
 
     Args:
       params: pytree of arrays; None and `optax.MaskedNode` holes are passed over. What `optax.tree.map_params` asks
         with has no pairs (`is_placeholder`).
       labels: None (by name), a pytree of "lora_a"/"lora_b"/"other" with the structure of `params` or a prefix of it, or
-        a callable from a tree of parameters or updates to such labels. With labels, an A and a B that no naming
-        convention links belong together when a subtree holds just these two; the pair is then called by the path of
-        its A.
+        a callable from a tree of parameters or updates to such labels. An A and a B of which neither has a name of the
+        conventions belong together when a subtree holds just these two; the pair is then called by the path of its A.
       stack_axes: "infer", or the axes that count matrices in every pair in which A and B both have more than two axes:
         ``(0,)`` for layers scanned over axis 0, ``(1,)`` for axis 1, ``()`` for no stack, "leading" for all but the
         last two. A callable from the pair's name says it pair by pair.
 
     Raises:
-      ValueError: no adapter; an A without a B or a B without an A; ranks that disagree; a layout that can be read in
-        more than one way; an unknown label; `stack_axes` that are none of the above.
+      ValueError: no adapter; an A without a B or a B without an A; a vector; ranks that disagree; a layout that can be
+        read in more than one way; an unknown label; `stack_axes` that are none of the above.
       TypeError: an adapter that is not of a floating dtype.
     """
     if is_placeholder(params):
@@ -108,6 +108,7 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
     for name, a, b in _match(paths, found):
         for index in (a, b):
             _check_floating(paths[index], leaves[index])
+            _check_matrix(paths[index], leaves[index])
         shapes = jnp.shape(leaves[a]), jnp.shape(leaves[b])
         if 0 in (*shapes[0], *shapes[1]):
             raise ValueError(f"The pair '{name}' has an axis of size 0: A {shapes[0]}, B {shapes[1]}. Leave it out.")
@@ -201,7 +202,7 @@ def _match(paths: Sequence[tuple[str, ...]], labels: Sequence[str]) -> list[tupl
         raise ValueError(
             f"Unpaired adapters: A without its B: {_show(alone[LORA_A])}; B without its A: {_show(alone[LORA_B])}. "
             "Every A needs exactly one B with the same path but for the letter (or, with labels= and other names, in "
-            "the same subtree): keep both in the tree, or mask both."
+            "the same subtree): keep both in the tree, or mask both. If one is a bias, label it 'other'."
         )
     return sorted(pairs, key=lambda pair: pair[1])
 
@@ -227,6 +228,14 @@ def _check_floating(path: tuple[str, ...], leaf: Any) -> None:
         raise TypeError(
             f"The adapter {_show([path])} is {'a ' + type(leaf).__name__ if dtype is None else dtype}. LoRA matrices "
             "must be arrays of a floating dtype: cast it, or label it 'other' if it is no adapter."
+        )
+
+
+def _check_matrix(path: tuple[str, ...], leaf: Any) -> None:
+    if len(jnp.shape(leaf)) < 2:
+        raise ValueError(
+            f"The adapter {_show([path])} has shape {jnp.shape(leaf)}. LoRA matrices have two axes or more: if it is a "
+            "bias, label it 'other' by labels=, or mask it."
         )
 
 

@@ -1,12 +1,23 @@
 """Adapters in any NNX model: a fresh one changes nothing, a merged one is the same function."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from stable_lora_jax.lora import LoRALinear, inject_lora, lora_modules, merge_lora, quantize_linears
+from stable_lora_jax.lora import (
+    LoRALinear,
+    QuantizedLinear,
+    inject_lora,
+    lora_modules,
+    merge_lora,
+    quantize_linears,
+)
 from stable_lora_jax.lora.injection import linear_modules
 from stable_lora_jax.models import Decoder, DecoderConfig
 
@@ -20,10 +31,11 @@ TOKENS = jnp.arange(24).reshape(2, 12)
 class Mixed(nnx.Module):
     """A model that is not ours: lists, names of its own, a bias, two stack axes."""
 
-    def __init__(self, rngs):
-        self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, use_bias=False, rngs=rngs)])
-        self.head = nnx.Dict(out=nnx.Linear(8, 4, rngs=rngs))
-        self.experts = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs)))(rngs)
+    def __init__(self, rngs, **dtypes):
+        linear = functools.partial(nnx.Linear, **dtypes)
+        self.blocks = nnx.List([linear(8, 8, rngs=rngs), linear(8, 8, use_bias=False, rngs=rngs)])
+        self.head = nnx.Dict(out=linear(8, 4, rngs=rngs))
+        self.experts = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: linear(4, 4, rngs=rngs)))(rngs)
 
     def __call__(self, x):
         for block in self.blocks:
@@ -36,8 +48,8 @@ def decoder(**kwargs):
     return Decoder(CONFIG, rngs=nnx.Rngs(0), **kwargs), TOKENS
 
 
-def mixed(**_):
-    return Mixed(nnx.Rngs(0)), jnp.linspace(-1, 1, 40).reshape(5, 8)
+def mixed(**dtypes):
+    return Mixed(nnx.Rngs(0), **dtypes), jnp.linspace(-1, 1, 40).reshape(5, 8)
 
 
 def randomized(model):
@@ -131,15 +143,21 @@ def test_a_starts_with_variance_one_over_n_in_every_matrix():
     assert not module.lora_b[...].any()
 
 
-def test_dropout_acts_in_training_only_and_differs_between_layers_and_calls():
+@pytest.mark.parametrize("targets", ["qv", ["lm_head"]])
+def test_dropout_acts_in_training_only_and_differs_between_calls(targets):
     model, tokens = decoder()
-    randomized(inject_lora(model, 2, 64.0, "qv", rngs=nnx.Rngs(1), dropout=0.5))
+    randomized(inject_lora(model, 2, 64.0, targets, rngs=nnx.Rngs(1), dropout=0.5))
     forward = nnx.jit(lambda m, x: m(x))
     model.train()
     first, second = forward(model, tokens), forward(model, tokens)
     assert not np.array_equal(first, second)
     model.eval()
     np.testing.assert_array_equal(forward(model, tokens), forward(model, tokens))
+
+
+def test_dropout_differs_between_layers():
+    model, _ = decoder()
+    inject_lora(model, 2, 64.0, "qv", rngs=nnx.Rngs(1), dropout=0.5)
     keys = jax.random.key_data(lora_modules(model)["layers.self_attn.q_proj"].dropout.rngs.key[...])
     assert len(np.unique(keys, axis=0)) == 3
 
@@ -247,3 +265,19 @@ def test_adapters_are_not_stacked_and_nothing_is_not_merged():
     inject_lora(model, 2, 4.0, "qv", rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=r"adapters already, at layers.self_attn.q_proj.*merge_lora"):
         inject_lora(model, 2, 4.0, "qv", rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_an_adapted_layer_takes_an_out_sharding_as_linear_does(kind, eight_devices):
+    mesh = jax.make_mesh((8,), ("rows",), devices=eight_devices, axis_types=(AxisType.Explicit,))
+    linear = nnx.Linear(64, 4, rngs=nnx.Rngs(0))
+    layer = LoRALinear(QuantizedLinear(linear, kind) if kind else linear, 2, 4.0, rngs=nnx.Rngs(1))
+    layer.lora_b[...] = jnp.ones((2, 4))
+    x = jax.random.normal(jax.random.key(0), (8, 64))
+    expected = layer(x)
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(layer)
+        by_row = jax.jit(lambda state, x: nnx.merge(graph, state)(x, out_sharding=P("rows")))
+        y = by_row(jax.device_put(state, P()), jax.device_put(x, P(None, "rows")))
+    assert jax.typeof(y).sharding.spec == P("rows", None)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
