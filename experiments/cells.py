@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 
 from experiments.provenance import provenance
-from stable_lora_jax.cli.evaluate import load_with_adapter
+from stable_lora_jax.cli.adapters import load_with_adapter
 from stable_lora_jax.cli.train import TrainConfig, described, train_command, training_items
 from stable_lora_jax.data import Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import NonFiniteScoreError, evaluate

@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from experiments.provenance import commit, machine, versions
-from stable_lora_jax.cli.evaluate import load_with_adapter
+from stable_lora_jax.cli.adapters import load_with_adapter
 from stable_lora_jax.cli.plots import PlotsConfig, plots_command
 from stable_lora_jax.cli.train import TrainConfig, train_command
 from stable_lora_jax.data import encode_all, load_task, load_tokenizer

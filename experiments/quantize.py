@@ -20,7 +20,7 @@ import tyro
 from flax import nnx
 
 from experiments.provenance import commit, machine, versions
-from stable_lora_jax.cli.evaluate import load_with_adapter
+from stable_lora_jax.cli.adapters import load_with_adapter
 from stable_lora_jax.cli.train import TrainConfig, load_base, train_command
 from stable_lora_jax.data import Encoded, encode_all, load_task, load_tokenizer
 from stable_lora_jax.evaluation import evaluate

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from stable_lora_jax.cli.evaluate import HUB_NAMES, load_with_adapter, trained_with
+from stable_lora_jax.cli.adapters import HUB_NAMES, adapter_file, base_of, load_with_adapter, record_of
 from stable_lora_jax.cli.train import known
 from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.lora import TARGETS, AdapterSpec, merge_lora, read_adapter_spec, save_peft
@@ -22,9 +22,11 @@ class ExportConfig:
     """Write an adapter as a PEFT directory, or merged into its base model as a Hugging Face directory."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run directory or an adapter file."""
+    """A run directory or an adapter file; for merged, a PEFT directory too."""
     out: Annotated[Path, tyro.conf.Positional]
     """The directory to write; it must not hold an adapter or a model yet."""
+    model: str | None = None
+    """The base model, if it is elsewhere now than where the adapter names it."""
     format: str = "peft"
     """peft (adapter_config.json and adapter_model.safetensors) or merged (the whole model and its tokenizer)."""
     base: str | None = None
@@ -34,25 +36,27 @@ class ExportConfig:
 
     def __post_init__(self):
         known("format", self.format, ("peft", "merged"))
+        for other, name in (("merged", "base"), ("peft", "dtype")):
+            if self.format == other and getattr(self, name) != getattr(ExportConfig, name):
+                raise ValueError(f"{name} says nothing about {other}. Leave it out, or choose the other format.")
 
 
 def export_command(config: ExportConfig) -> None:
     """Runs `stable-lora export`; see `ExportConfig`."""
-    file = config.run / "adapter.safetensors" if config.run.is_dir() else config.run
-    spec = read_adapter_spec(file)
+    name = base_of(config.model, config.run)
     if config.format == "merged":
-        tokenizer: Any = load_tokenizer(spec.base)
-        model = merge_lora(load_with_adapter(spec.base, file, config.dtype))
+        tokenizer: Any = load_tokenizer(name)
+        model = merge_lora(load_with_adapter(name, config.run, config.dtype))
         save_huggingface(config.out, model, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id)
         tokenizer.save_pretrained(config.out)
-        print(f"{config.out}: {spec.base} with the adapter folded in")
-        if quantized := trained_with(file).get("quantize"):
+        print(f"{config.out}: {name} with the adapter folded in")
+        if quantized := record_of(config.run).get("config", {}).get("quantize"):
             print(
                 f"Note: it was trained on the base in {quantized}, and is folded into the base as it was before that."
             )
         return
-    model = load_with_adapter(spec.base, file)
-    base = config.base or HUB_NAMES.get(spec.base, spec.base)
+    spec, model = read_adapter_spec(adapter_file(config.run)), load_with_adapter(name, config.run)
+    base = config.base or HUB_NAMES.get(name, name)
     count = save_peft(config.out, model, base, huggingface_module)
     print(f"{config.out}: {count} modules, rank {spec.rank}, alpha {spec.alpha:g}, base {base}")
     for note in vllm_notes(spec):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 
-from stable_lora_jax.cli.evaluate import base_of, load_with_adapter, quantization
+from stable_lora_jax.cli.adapters import base_of, load_with_adapter, quantization, record_of
 from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.models import stream
 
@@ -16,14 +16,15 @@ class GenerateConfig:
     """Answer or continue a prompt, printing tokens as they come."""
 
     prompt: str
-    """What to say to a model with a chat template; the text to continue without one."""
+    """What to say to the model, or the text that it is to continue."""
     model: str | None = None
     """The base model: an alias, a Hugging Face directory or hub name, or a .gguf file; the adapter's own if not given,
     smollm2-135m without one."""
     adapter: Path | None = None
     """A run directory, a PEFT directory or an adapter file."""
-    raw: bool = False
-    """Continue the prompt as it stands, also where the tokenizer has a chat template."""
+    form: Literal["chat", "raw"] | None = None
+    """chat (said through the tokenizer's chat template) or raw (continued as it stands). If not given: raw for the
+    adapter of a run, as runs train on plain text; else chat where the tokenizer has a template."""
     max_new_tokens: int = 64
     """Stop after this many tokens, or at the end-of-sequence token."""
     temperature: float = 0.0
@@ -42,9 +43,12 @@ def generate_command(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(base)
     model = load_with_adapter(base, config.adapter, config.dtype, quantize)
     end = tokenizer.eos_token_id
-    if tokenizer.chat_template is None or config.raw:
+    chat = tokenizer.chat_template is not None and not record_of(config.adapter)
+    if config.form == "raw" or (config.form is None and not chat):
         print(config.prompt, end="", flush=True)
         prompt = tokenizer.encode(config.prompt)
+    elif tokenizer.chat_template is None:
+        raise ValueError(f"form='chat' needs a chat template, and the tokenizer of {base} has none. Leave it out.")
     else:
         said = [{"role": "user", "content": config.prompt}]
         text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))

@@ -17,13 +17,13 @@ from filelock import FileLock, Timeout
 
 from stable_lora_jax.training import newest_step
 
-_CONFIG, _CHECKPOINTS, _PARTIAL = "config.json", "checkpoints", ".config.json.partial"
-_ADAPTER = "adapter.safetensors"
+CONFIG, ADAPTER, CHECKPOINTS = "config.json", "adapter.safetensors", "checkpoints"
+_PARTIAL = ".config.json.partial"
 _LOCK = ".lock"
 # What counts as nothing there.
 _NOTHING = {_PARTIAL, _LOCK}
 # What a start writes itself, beside config.json: nothing worth keeping without a checkpoint.
-_STARTED = {_CHECKPOINTS, _PARTIAL, "metrics.jsonl", "metrics.jsonl.partial", "tensorboard"}
+_STARTED = {CHECKPOINTS, _PARTIAL, "metrics.jsonl", "metrics.jsonl.partial", "tensorboard"}
 
 
 def check_directory(
@@ -49,7 +49,7 @@ def check_directory(
       ValueError: the directory is in use, holds nothing to resume, belongs to another configuration or other data, or
         would be overwritten and is no run's.
     """
-    file = directory / _CONFIG
+    file = directory / CONFIG
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"The run directory {directory} is a file. Choose another --run-dir.")
     if resume and not file.exists():
@@ -63,13 +63,13 @@ def check_directory(
                 f"The run in {directory} was started on other data ({what}). Resume with its own data and tokenizer, "
                 "or choose another --run-dir."
             )
-        if resume or newest_step(directory / _CHECKPOINTS) is not None:
+        if resume or newest_step(directory / CHECKPOINTS) is not None:
             return True
     left = {path.name for path in directory.iterdir()} - _NOTHING if directory.exists() else set()
     if overwrite and not _is_a_run(left):
         raise ValueError(
-            f"The run directory {directory} is no run's: it holds {len(left)} things, and neither {_ADAPTER} nor both "
-            f"{_CONFIG} and {_CHECKPOINTS}. --overwrite replaces runs alone: empty it yourself, or choose another "
+            f"The run directory {directory} is no run's: it holds {len(left)} things, and neither {ADAPTER} nor both "
+            f"{CONFIG} and {CHECKPOINTS}. --overwrite replaces runs alone: empty it yourself, or choose another "
             "--run-dir."
         )
     if overwrite or not left or (auto_resume and _may_start_over(directory, left)):
@@ -81,14 +81,14 @@ def check_directory(
 
 def _is_a_run(left: set[str]) -> bool:
     """Returns whether what is in a directory is a run, or what is left of one that was stopped while it started."""
-    return _ADAPTER in left or {_CONFIG, _CHECKPOINTS} <= left or left - {_CONFIG} <= _STARTED
+    return ADAPTER in left or {CONFIG, CHECKPOINTS} <= left or left - {CONFIG} <= _STARTED
 
 
 def _may_start_over(directory: Path, left: set[str]) -> bool:
     """Returns whether a run without a checkpoint was stopped early, by what it left (beside what others put there)."""
-    if _CONFIG in left:
-        return _ADAPTER not in left  # else it had come to its end
-    return left == {_CHECKPOINTS} and not any((directory / _CHECKPOINTS).iterdir())
+    if CONFIG in left:
+        return ADAPTER not in left  # else it had come to its end
+    return left == {CHECKPOINTS} and not any((directory / CHECKPOINTS).iterdir())
 
 
 def _record(file: Path) -> dict[str, dict[str, object]]:
@@ -110,7 +110,7 @@ def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:
 
 def last_start(directory: Path) -> tuple[int | None, ...]:
     """Returns what changes when a run begins in a directory."""
-    marks = (directory / _CONFIG, directory / _CHECKPOINTS)
+    marks = (directory / CONFIG, directory / CHECKPOINTS)
     return tuple(path.stat().st_mtime_ns if path.exists() else None for path in marks)
 
 
@@ -159,18 +159,18 @@ def prepare_directory(
         raise another
     directory.mkdir(parents=True, exist_ok=True)
     for path in list(directory.iterdir()):
-        if path.name not in (_CONFIG, _LOCK) and (overwrite or (auto_resume and path.name in _STARTED)):
+        if path.name not in (CONFIG, _LOCK) and (overwrite or (auto_resume and path.name in _STARTED)):
             delete = shutil.rmtree if path.is_dir() and not path.is_symlink() else Path.unlink
             delete(path)
     try:
-        (directory / _CHECKPOINTS).mkdir()
+        (directory / CHECKPOINTS).mkdir()
     except FileExistsError:
         raise another from None
     versions = {name: version(name) for name in ("stable-lora-jax", "jax", "flax", "optax")}
     record = {"config": dict(config), **data, "versions": versions, "commit": commit()}
     partial = directory / _PARTIAL
     partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(directory / _CONFIG)
+    partial.replace(directory / CONFIG)
 
 
 def commit() -> str | None:

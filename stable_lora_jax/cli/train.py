@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from stable_lora_jax.cli.run_directory import alone_in, check_directory, last_start, prepare_directory
+from stable_lora_jax.cli.run_directory import ADAPTER, alone_in, check_directory, last_start, prepare_directory
 from stable_lora_jax.data import (
     PROMPT_FORMATS,
     TASKS,
@@ -44,6 +44,7 @@ from stable_lora_jax.training import (
     make_loss,
     make_mesh,
     make_optimizer,
+    sign_in,
     train,
     wait_for_all,
 )
@@ -166,6 +167,14 @@ class TrainConfig:
                 f"drop_overlap is for tasks ({', '.join(TASKS)}); data={self.data!r} has no validation or test. Leave "
                 "it out."
             )
+        if self.source != TrainConfig.source and self.data not in TASKS:
+            raise ValueError(f"source={self.source!r} is for tasks ({', '.join(TASKS)}); a file is one. Leave it out.")
+        if self.method != "stable-lora" and (
+            self.lam_schedule != TrainConfig.lam_schedule or not self.stop_when_stable
+        ):
+            raise ValueError(f"lam_schedule and stop_when_stable are stable-lora's; method={self.method!r} has no λ.")
+        if self.decay_only_a and not self.weight_decay:
+            raise ValueError("decay_only_a says which matrix decays, and weight_decay is 0. Give --weight-decay too.")
         if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.run_dir)):  # of gs://bucket, a Path keeps one slash
             raise ValueError(
                 f"run_dir={self.run_dir} is a URL; it would become a local folder. Give a directory in a file system "
@@ -244,6 +253,8 @@ def train_command(config: TrainConfig) -> TrainResult:
             use_rslora=config.use_rslora,
             dropout=config.dropout,
         )
+    for name in config.log if is_first() else ():
+        sign_in(name)
     wait_for_all("every process has accepted all of the above")  # nothing is deleted before
     with alone_in(config.directory) if is_first() else contextlib.nullcontext():
         if is_first() and not resume:
@@ -287,7 +298,7 @@ def _finish(config: TrainConfig, model: Decoder, result: TrainResult, total: int
     if result.stopped_by:
         print(f"Stopped by {result.stopped_by.name} at step {result.steps} of {total}; --resume goes on from there.")
         return
-    save_adapter(config.directory / "adapter.safetensors", model, config.model)
+    save_adapter(config.directory / ADAPTER, model, config.model)
     told = "" if result.loss is None else f", last loss {result.loss:.4f}"  # none if it was finished before
     print(f"Trained {result.steps} steps{told}. Run and adapter: {config.directory}")
 

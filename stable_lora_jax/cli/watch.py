@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
+from stable_lora_jax.cli.run_directory import ADAPTER
 from stable_lora_jax.plots import plot_losses, plot_norms
 from stable_lora_jax.training import read_metrics, stop_steps
 
@@ -123,7 +124,7 @@ def _stops(lines: list[dict[str, Any]]) -> list[tuple[str, int, int, int, int]]:
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / "adapter.safetensors").exists()
+    return (run / ADAPTER).exists()
 
 
 def _record(run: Path) -> dict[str, Any]:

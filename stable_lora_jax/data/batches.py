@@ -303,9 +303,9 @@ def _ceil_div(dividend: int, divisor: int) -> int:
 
 
 def _check_lengths(examples: Sequence[Encoded], max_length: int) -> None:
-    for index, example in enumerate(examples):
-        if example.length > max_length:
-            raise ValueError(
-                f"example {index} takes {example.length} tokens; max_length allows {max_length}. "
-                "Raise max_length (and mind the model's context), or shorten or remove the example."
-            )
+    if over := [index for index, example in enumerate(examples) if example.length > max_length]:
+        most = max(examples[index].length for index in over)
+        raise ValueError(
+            f"{len(over)} of {len(examples)} examples take more than max_length={max_length} tokens, up to {most}; the "
+            f"first is example {over[0]}. Raise max_length (and mind the model's context), or shorten or remove them."
+        )

@@ -1,6 +1,13 @@
 """LoRA adapters for Flax NNX models: y = x W + s (x A) B, A: (n, r), B: (r, m), s = alpha / r."""
 
-from stable_lora_jax.lora.adapter_file import AdapterSpec, adapter_spec, load_adapter, read_adapter_spec, save_adapter
+from stable_lora_jax.lora.adapter_file import (
+    AdapterSpec,
+    adapter_spec,
+    load_adapter,
+    read_adapter_spec,
+    same_base,
+    save_adapter,
+)
 from stable_lora_jax.lora.injection import TARGETS, inject_lora, lora_modules, merge_lora
 from stable_lora_jax.lora.linear import LoRALinear
 from stable_lora_jax.lora.peft_directory import inject_peft, save_peft
@@ -20,6 +27,7 @@ __all__ = [
     "merge_lora",
     "quantize_linears",
     "read_adapter_spec",
+    "same_base",
     "save_adapter",
     "save_peft",
 ]

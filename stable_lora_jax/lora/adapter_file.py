@@ -80,7 +80,7 @@ def read_adapter_spec(path: str | Path) -> AdapterSpec:
       ValueError: no such file, or a file that is no adapter of ours.
     """
     if not Path(path).is_file():
-        raise ValueError(f"There is no adapter file {path}. Give the .safetensors file that save_adapter wrote.")
+        raise ValueError(f"There is no adapter file {path}. Give a run directory, or the .safetensors file of one.")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = (file.metadata() or {}).get(_KEY)
@@ -98,16 +98,17 @@ def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
     Args:
       path: an adapter file.
       model: a model into which adapters were injected; only their values change.
-      base: name of the base model that `model` is; a slash at its end does not matter.
+      base: name of the base model that `model` is (see `same_base`).
 
     Raises:
       ValueError: another base, rank, alpha, rslora or targets (each named with both values), other shapes, or a
         damaged file; the model is then unchanged.
     """
-    saved, wanted = (
-        asdict(spec) | {"base": spec.base.rstrip("/")} for spec in (read_adapter_spec(path), adapter_spec(model, base))
-    )
-    if differing := [field for field in saved if saved[field] != wanted[field]]:
+    saved, wanted = asdict(read_adapter_spec(path)), asdict(adapter_spec(model, base))
+    differing = [field for field in saved if saved[field] != wanted[field]]
+    if same_base(saved["base"], base):
+        differing = [field for field in differing if field != "base"]
+    if differing:
         what = "; ".join(f"{field}: file {saved[field]!r}, model {wanted[field]!r}" for field in differing)
         raise ValueError(
             f"The adapter {path} does not belong to this model ({what}). Load it onto its own base, injected with its "
@@ -127,6 +128,15 @@ def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
             )
     for key, slot in slots.items():
         slot[...] = jnp.asarray(tensors[key], slot.dtype)
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names mean the same base model: what follows the last slash is compared, as models move about.
+
+    >>> same_base("meta-llama/Llama-3.2-1B", "/data/llama-3.2-1b/")
+    True
+    """
+    return Path(one).name.lower() == Path(other).name.lower()
 
 
 def _matrices(model: nnx.Module) -> dict[str, nnx.LoRAParam]:

@@ -20,7 +20,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
-from stable_lora_jax.lora.adapter_file import adapter_spec
+from stable_lora_jax.lora.adapter_file import adapter_spec, same_base
 from stable_lora_jax.lora.injection import inject_lora, linear_modules, listed, lora_modules
 from stable_lora_jax.lora.linear import LoRALinear
 
@@ -101,7 +101,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     Args:
       directory: a PEFT directory, also one that `save_peft` wrote.
       model: the base model the adapter was trained on, without adapters.
-      base: its name; only what follows the last slash is compared with base_model_name_or_path.
+      base: its name, compared with base_model_name_or_path (see `same_base`).
       module_name: as in `save_peft`.
 
     Raises:
@@ -111,7 +111,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     """
     config, tensors = _read(Path(directory))
     theirs = config.get("base_model_name_or_path")
-    if theirs and Path(theirs).name.lower() != Path(base).name.lower():
+    if theirs and not same_base(theirs, base):
         raise ValueError(
             f"{directory} is an adapter for {theirs}, not for {base}. Load it onto that model; if it is the same model "
             f"under another name, say so in base_model_name_or_path of {CONFIG}."

@@ -121,7 +121,7 @@ class Plan:
             changes.append(f"--length {load.length // 2}, or fewer --targets-per-row: shorter rows")
         if np.dtype(load.dtype).itemsize > 2:
             changes.append("--dtype bfloat16: half the weights and activations")
-        if self.mesh["fsdp"] * self.mesh["tensor"] < chips:
+        if self.mesh["fsdp"] * self.mesh["tensor"] < chips and load.rows % (chips * load.accumulate) == 0:
             changes.append(f"--mesh fsdp={chips}: split the weights over all chips")
         return [*changes, f"a larger slice or chip than {self.topology}"]
 
@@ -187,7 +187,7 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
             f"The mesh {_listed(full)} has {mesh.size} devices, and {topology} has {topology.chips} chips. Choose "
             f"sizes whose product is {topology.chips}."
         )
-    check_rows(mesh, workload.part().rows)
+    check_rows(mesh, workload.rows, workload.accumulate)
     shapes = step_shapes(workload)
     check_decoder(mesh, join_model(shapes.graph, shapes.state.adapters, shapes.frozen))
     needs, versions, compiled = None, {"jax": jax.__version__}, None

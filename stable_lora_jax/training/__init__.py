@@ -2,7 +2,7 @@
 
 from stable_lora_jax.training.checkpoints import CheckpointError, Checkpoints, checkpoints, newest_step
 from stable_lora_jax.training.distributed import LostProcessError, is_first, join_processes, wait_for_all
-from stable_lora_jax.training.loggers import LOGGERS, check_logger
+from stable_lora_jax.training.loggers import LOGGERS, check_logger, sign_in
 from stable_lora_jax.training.loop import NonFiniteLossError, TrainResult, check_intervals, train
 from stable_lora_jax.training.loss import LOSSES, Loss, make_loss
 from stable_lora_jax.training.methods import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
@@ -52,6 +52,7 @@ __all__ = [
     "make_optimizer",
     "newest_step",
     "read_metrics",
+    "sign_in",
     "split_model",
     "stop_steps",
     "train",

@@ -36,6 +36,19 @@ def check_logger(name: str) -> None:
         raise ValueError(f"log={name!r} needs the package {LOGGERS[name]}. Install stable-lora-jax[{name}].")
 
 
+def sign_in(name: str) -> None:
+    """Makes sure that a logger's service will take a run, or raises ValueError; asks nothing of those without one."""
+    check_logger(name)
+    if name == "wandb":
+        import wandb
+        from wandb.errors import Error
+
+        try:
+            wandb.login()
+        except Error as error:
+            raise ValueError(f"log='wandb': {error} Or set WANDB_MODE=offline, and `wandb sync` later.") from error
+
+
 def make_logger(name: str, run_dir: Path, resume_step: int) -> Logger:
     """Returns a logger by name.
 

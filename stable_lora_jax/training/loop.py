@@ -207,7 +207,8 @@ class _Record:
             raise NonFiniteLossError(
                 f"Step {step} has loss {self.loss}, gradient norm {grad_norm} and update norm {update_norm}. "
                 + (f"The checkpoint of step {kept} is kept. " if kept is not None else "No checkpoint was saved yet. ")
-                + "Lower the learning rate or the scale alpha / r, or look at the data of this step."
+                + "To resume leads here again: look at the data of this step, or start another run, with a lower "
+                "learning rate or scale alpha / r."
             )
         self._losses.append(self.loss)
         now = time.perf_counter()

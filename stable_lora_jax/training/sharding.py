@@ -25,8 +25,8 @@ AnyMesh: TypeAlias = Mesh | AbstractMesh
 
 # First match wins; paths are dotted. The last axes of a parameter take the rule's, further leading ones (layers) none.
 _FROZEN_RULES = (
-    (r".*\.(q|k|v|gate|up)_proj(\.base)?\.kernel", ("fsdp", "tensor")),
-    (r".*\.(o|down)_proj(\.base)?\.kernel", ("tensor", "fsdp")),
+    (r".*\.(q|k|v|gate|up)_proj(\.base)?\.(kernel|scale)", ("fsdp", "tensor")),
+    (r".*\.(o|down)_proj(\.base)?\.(kernel|scale)", ("tensor", "fsdp")),
     (r"embed_tokens\.embedding", ("tensor", "fsdp")),
     (r"lm_head(\.base)?\.kernel", ("fsdp", "tensor")),
     (r".*", ()),
@@ -116,7 +116,7 @@ def frozen_shardings(mesh: AnyMesh, frozen: nnx.State) -> nnx.State:
 
     def shard(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = _dotted(path)
-        spec = _spec(name, leaf.ndim)
+        spec = _spec(mesh, name, leaf.shape)
         for size, axis in zip(leaf.shape, spec, strict=True):
             if axis and size % mesh.shape[axis]:
                 raise ValueError(
@@ -138,7 +138,7 @@ def placement_on(mesh: Mesh) -> Placement:
     def weights(path: str, params: Any) -> Any:
         def whole(inner: tuple[object, ...], leaf: jax.Array) -> jax.Array:
             name = ".".join(filter(None, (path, _dotted(inner))))
-            spec = (None if axis == "fsdp" else axis for axis in _spec(name, leaf.ndim))
+            spec = (None if axis == "fsdp" else axis for axis in _spec(mesh, name, leaf.shape))
             return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
         return jax.tree_util.tree_map_with_path(whole, params)
@@ -146,9 +146,15 @@ def placement_on(mesh: Mesh) -> Placement:
     return Placement(weights, lambda hidden: jax.lax.with_sharding_constraint(hidden, batch_sharding(mesh)))
 
 
-def _spec(name: str, ndim: int) -> tuple[str | None, ...]:
+def _spec(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     rule = next(rule for pattern, rule in _FROZEN_RULES if re.fullmatch(pattern, name))
-    return (*(None,) * (ndim - len(rule)), *rule)
+    spec = (*(None,) * (len(shape) - len(rule)), *rule)
+    if not name.endswith(".scale"):
+        return spec
+    # A quantized kernel's scales go with it, but where they are too few to be split.
+    return tuple(
+        axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, spec, strict=True)
+    )
 
 
 def _dotted(path: tuple[object, ...]) -> str:

@@ -74,7 +74,7 @@ def flags(model_dir, data_file, tmp_path):
         ("--lam nan", "lam=nan is not in [0, 1)"),
         ("--lam-schedule cosine --lam 2", "lam=2.0 is not in [0, 1)"),
         ("--holdout 24", "hold out 24 of 24"),
-        ("--decay-only-a --method lora-rite", "decay_only_a is for adamw and stable-lora, not for lora-rite"),
+        ("--decay-only-a --weight-decay 1 --method lora-rite", "decay_only_a is for adamw and stable-lora, not for lora-rite"),
         ("--method lora-plus --ratio 0.5", "ratio=0.5 is not in [1, inf)"),
         ("--learning-rate -1", "learning_rate=-1.0 is not in [0, inf)"),
         ("--learning-rate nan", "learning_rate=nan is not in [0, inf)"),
@@ -95,7 +95,11 @@ def flags(model_dir, data_file, tmp_path):
         ("--batch-size 25", "batch_size is 25; allowed are 1 to the number of examples, 24"),
         ("--accumulate 3", "A batch of 4 rows does not split into accumulate=3 equal parts"),
         ("--accumulate 0", "A batch of 4 rows does not split into accumulate=0 equal parts"),
-        ("--max-length 4", "takes 24 tokens; max_length allows 4"),
+        ("--method adamw --no-stop-when-stable", "are stable-lora's; method='adamw' has no λ"),
+        ("--method adamw --lam-schedule cosine", "are stable-lora's; method='adamw' has no λ"),
+        ("--decay-only-a", "weight_decay is 0. Give --weight-decay too"),
+        ("--source hub", "source='hub' is for tasks"),
+        ("--max-length 4", "examples take more than max_length=4 tokens, up to "),
         ("--save-every 0", "save_every=0 is below 1"),
         ("--norms-every 0", "norms_every=0 is below 1"),
         # devices
@@ -271,7 +275,10 @@ def test_records_that_are_none(flags, tmp_path, capsys, record):
         ("generate --prompt a --model MODEL --temperature nan", "temperature=nan with key=None"),
         ("generate --prompt a --model MODEL --temperature inf", "temperature=inf with key="),
         ("plan --estimate --model smollm2-135m --targets-per-row 0", "num_targets=0 is below 1"),
+        ("generate --prompt a --model MODEL --form chat", "the tokenizer of MODEL has none"),
         ("export x y", "no adapter file"),
+        ("export x y --format merged --base z", "base says nothing about merged"),
+        ("export x y --dtype bfloat16", "dtype says nothing about peft"),
         ("export x y --format gguf", "format='gguf' is unknown. Known: peft, merged"),
         ("export-plots", "no run directory"),
         ("export-plots x", "x holds no metrics.jsonl"),
@@ -280,4 +287,5 @@ def test_records_that_are_none(flags, tmp_path, capsys, record):
     ],
 )
 def test_other_commands(capsys, model_dir, arguments, told):
-    assert told in refuse(capsys, arguments.replace("MODEL", str(model_dir)).split())
+    arguments, told = (text.replace("MODEL", str(model_dir)) for text in (arguments, told))
+    assert told in refuse(capsys, arguments.split())

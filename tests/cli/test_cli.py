@@ -1,6 +1,7 @@
 """The commands on a tiny model, in process and, for signals, as a process of their own."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,9 +16,10 @@ from flax import nnx
 
 from stable_lora_jax import training
 from stable_lora_jax.cli import main, run_directory
-from stable_lora_jax.cli.evaluate import base_of, load_with_adapter
+from stable_lora_jax.cli.adapters import base_of, load_with_adapter
 from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.lora import read_adapter_spec, save_adapter
 from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError, read_metrics
 
 
@@ -151,6 +153,27 @@ def test_limit_is_spread_evenly(model_dir, data_file, tmp_path):
     assert json.loads(output.read_text()) == evaluate(load_with_adapter(str(model_dir), None), examples).summary()
 
 
+def test_a_prompt_is_asked_by_the_chat_template_or_continued(finished, model_dir, tmp_path, capsys):
+    template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    chat = tmp_path / model_dir.name
+    shutil.copytree(model_dir, chat)
+    tokenizer = load_tokenizer(chat)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(chat)
+    texts = {}
+    for adapter in ([], ["--adapter", finished]):
+        for form in (None, "chat", "raw"):
+            flags = ["generate", "--model", chat, "--max-new-tokens", 5, *adapter, *(["--form", form] if form else [])]
+            assert code_of([*flags, "--prompt", "1+1?"]) == 0
+            texts[bool(adapter), form] = capsys.readouterr().out
+            assert texts[bool(adapter), form].startswith("1+1?") == (form == "raw" or (form is None and bool(adapter)))
+    assert texts[False, None] == texts[False, "chat"]
+    assert texts[True, None] == texts[True, "raw"]
+    # What stands in the template reaches the model.
+    assert code_of(["generate", "--model", model_dir, "--max-new-tokens", 5, "--prompt", "<1+1?>"]) == 0
+    assert capsys.readouterr().out == "<1+1?>" + texts[False, "chat"]
+
+
 def test_generate_prints(finished, model_dir, capsys):
     flags = ["generate", "--model", model_dir, "--prompt", "1+1?", "--max-new-tokens", 5]
     assert code_of([*flags, "--adapter", finished]) == 0
@@ -254,7 +277,17 @@ def test_what_a_run_kept_out_is_scored(train_flags, model_dir, data_file, finish
     held_out = encode_all(load_tokenizer(str(model_dir)), hold_out(load_jsonl(data_file), 8)[1])
     assert scores == evaluate(load_with_adapter(str(model_dir), run), held_out).summary()
     assert scores["questions"] == 8
+    changed = tmp_path / "changed.jsonl"
+    shutil.copy(data_file, changed)
+    record = json.loads((run / "config.json").read_text())
+    twin = tmp_path / "twin"
+    shutil.copytree(run, twin)
+    (twin / "config.json").write_text(json.dumps(record | {"config": record["config"] | {"data": str(changed)}}))
+    with changed.open("a") as file:
+        file.write(data_file.read_text().splitlines()[0] + "\n")
     capsys.readouterr()
+    assert code_of([*held, "--data", changed, "--adapter", twin]) == 2
+    assert f"{changed} is not as it was when {twin} was trained" in capsys.readouterr().err
     for arguments, told in (
         (["--data", data_file, "--adapter", finished], "there is no run that did"),
         (["--data", data_file], "there is no run that did"),
@@ -275,6 +308,52 @@ def test_adapter_of_another_base_is_refused(finished, model_dir, data_file, tmp_
     assert code_of(["eval", "--model", other, "--data", data_file, "--adapter", finished, "--output", output]) == 2
     assert capsys.readouterr().err == message
     assert not output.exists()
+
+
+def test_a_base_that_was_moved_is_known_by_its_name(finished, model_dir, data_file, tmp_path, capsys):
+    moved, scores = tmp_path / model_dir.name, []
+    shutil.copytree(model_dir, moved)
+    for base in (model_dir, moved):
+        capsys.readouterr()
+        assert code_of(["eval", "--model", base, "--data", data_file, "--adapter", finished]) == 0
+        captured = capsys.readouterr()
+        scores.append(json.loads(captured.out))
+        told = f"adapter.safetensors: trained on {model_dir}, loaded onto {base}" in captured.err
+        assert told == (base == moved)
+    assert scores[0] == scores[1]
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    spec = read_adapter_spec(run / "adapter.safetensors")
+    model = load_with_adapter(str(model_dir), run)
+    save_adapter(run / "adapter.safetensors", model, f"/nowhere/{model_dir.name}")
+    assert spec.base == str(model_dir)
+    assert code_of(["export", run, tmp_path / "peft"]) == 2
+    assert code_of(["export", run, tmp_path / "peft", "--model", model_dir]) == 0
+
+
+def test_a_run_that_has_not_ended_has_no_adapter(finished, data_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "adapter.safetensors").unlink()
+    for command in (["eval", "--data", data_file, "--adapter", run], ["export", run, tmp_path / "peft"]):
+        assert code_of(command) == 2
+        assert f"The run in {run} has no adapter yet" in capsys.readouterr().err
+
+
+def test_without_a_login_nothing_is_deleted(train_flags, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = snapshot(run)
+    nobody = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    flags = [*train_flags, "--steps", 2, "--run-dir", run, "--overwrite", "--log", "wandb"]
+    command = [sys.executable, "-m", "stable_lora_jax.cli", *map(str, flags)]
+    ended = subprocess.run(
+        command, env=nobody | {"HOME": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "No API key configured" in ended.stderr
+    assert "WANDB_MODE=offline" in ended.stderr
+    assert snapshot(run) == before
 
 
 def test_signals_stop_cleanly_and_resume_is_exact(train_flags, tmp_path):

@@ -77,12 +77,27 @@ def test_training_moves_adapters_alone_and_holds_no_float_copy(kind):
     assert trees_equal(before, frozen)
 
 
-def test_values_are_split_over_a_mesh_as_kernels_are():
-    frozen = split_model(quantize_linears(tiny.decoder(vocab_size=VOCAB), "int8"))[2]
-    layers = place(make_mesh(fsdp=2, tensor=2), frozen).params["layers"]
-    assert layers["self_attn"]["q_proj"]["kernel"].spec == P(None, "fsdp", "tensor")
-    assert layers["mlp"]["down_proj"]["kernel"].spec == P(None, "tensor", "fsdp")
-    assert layers["mlp"]["down_proj"]["scale"].spec == P(None, None, None)
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_mesh_splits_values_as_kernels_and_scales_where_there_are_enough(kind):
+    model = tiny.decoder(vocab_size=VOCAB, hidden_size=256, intermediate_size=256)
+    inject_lora(quantize_linears(model, kind), 2, 4.0, "qv", rngs=nnx.Rngs(1))
+    graph, adapters, frozen = split_model(model)
+    layers = place(mesh := make_mesh(fsdp=2, tensor=2), frozen).params["layers"]
+    query, down = layers["self_attn"]["q_proj"]["base"], layers["mlp"]["down_proj"]
+    assert query["kernel"].spec == P(None, "fsdp", "tensor")
+    assert down["kernel"].spec == P(None, "tensor", "fsdp")
+    # int8 has one block of rows, nf4 here four.
+    assert query["scale"].spec == (P(None, None, "tensor") if kind == "int8" else P(None, "fsdp", "tensor"))
+    assert down["scale"].spec == (P(None, None, "fsdp") if kind == "int8" else P(None, "tensor", "fsdp"))
+    optimizer = make_optimizer("stable-lora", 1e-2, lam=0.05, ratio=4.0, weight_decay=0.0, clip_norm=1.0)
+    batch = make_batch([right_branch_only(question) for question in questions(2)], width=20)
+    norms = []
+    for devices in (make_mesh(), mesh):
+        state, shared = init_state(adapters, optimizer), jax.device_put(frozen, place(devices, frozen))
+        step = compile_step(graph, make_loss("answer", 1), optimizer, mesh=devices, frozen=shared)
+        metrics = step(jax.tree.map(jnp.copy, state), shared, batch)[1]
+        norms.append([float(metrics.loss), float(metrics.grad_norm)])
+    np.testing.assert_allclose(*norms, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_told_what_to_change():
     [
         ({"fsdp": 8}, {}, r"data=1, fsdp=8, tensor=1 has 8 devices, and v5e:4x4 has 16 chips"),
         ({"fsdp": 16}, {"rows": 24}, r"batch of 24 rows.*fsdp=16"),
-        ({"fsdp": 16}, {"rows": 32, "accumulate": 4}, r"batch of 8 rows.*fsdp=16"),
+        ({"fsdp": 16}, {"rows": 32, "accumulate": 4}, r"32 rows in accumulate=4 parts has 8 rows a part.*fsdp=16"),
         ({"tensor": 16}, {}, r"tensor=16 does not divide the model's num_kv_heads=8.*among 1, 2, 4, 8"),
         (
             {"fsdp": 16},

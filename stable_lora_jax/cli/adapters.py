@@ -1,0 +1,93 @@
+"""Adapters as commands are given them: a run directory, a file, or a PEFT directory; and the base that they go onto."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from stable_lora_jax.cli.run_directory import ADAPTER, CHECKPOINTS, CONFIG
+from stable_lora_jax.cli.train import DTYPES, TrainConfig, known, load_base
+from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec, same_base
+from stable_lora_jax.lora.peft_directory import CONFIG as PEFT_CONFIG
+from stable_lora_jax.models import Decoder, huggingface_module
+from stable_lora_jax.models.huggingface import read_json
+
+# The names under which others know what an alias of ours stands for.
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def base_of(given: str | None, adapter: Path | None) -> str:
+    """Returns the name of the base to load: as given, or the one that the adapter names, or the default."""
+    if given or adapter is None:
+        return given or TrainConfig.model
+    if (adapter / PEFT_CONFIG).is_file():
+        named = read_json(adapter / PEFT_CONFIG).get("base_model_name_or_path") or TrainConfig.model
+        return next((alias for alias, name in HUB_NAMES.items() if name == named), named)
+    return read_adapter_spec(adapter_file(adapter)).base
+
+
+def quantization(given: str | None, adapter: Path | None) -> str | None:
+    """Returns how to quantize the base: as given, or as the adapter's run did; None for not at all."""
+    chosen = given_or_trained("quantize", given, adapter, "none")
+    return None if chosen == "none" else chosen
+
+
+def given_or_trained(field: str, given: str | None, adapter: Path | None, default: str) -> str:
+    """Returns a field of the configuration as given, or as in an adapter's run, and tells if the two differ."""
+    run = record_of(adapter).get("config", {})
+    trained = run.get(field) or default
+    if given is not None and run and given != trained:
+        print(f"{field}: {given} as given; {adapter} was trained with {trained}", file=sys.stderr)
+    return trained if given is None else given
+
+
+def record_of(adapter: Path | None) -> dict[str, Any]:
+    """Returns the config.json of the run that an adapter lies in; nothing if it lies in none."""
+    if adapter is None:
+        return {}
+    file = adapter_file(adapter).with_name(CONFIG)
+    return read_json(file) if file.is_file() else {}
+
+
+def adapter_file(adapter: Path) -> Path:
+    """Returns the file of an adapter that may be given as its run directory.
+
+    Raises:
+      ValueError: the run has not come to its end.
+    """
+    if not (adapter / ADAPTER).is_file() and (adapter / CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"The run in {adapter} has no adapter yet: it was stopped, or still trains. Go on with it by `train "
+            "--resume` and the values that it was started with."
+        )
+    return adapter / ADAPTER if adapter.is_dir() else adapter
+
+
+def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", quantize: str | None = None) -> Decoder:
+    """Returns a base model, with the adapter of a run directory, a PEFT directory or a file if one is given.
+
+    Raises:
+      ValueError: an adapter that belongs to another base model; an unknown dtype or quantization.
+    """
+    known("dtype", dtype, tuple(DTYPES))
+    if adapter is None:
+        return load_base(name, dtype, quantize)
+    if (adapter / PEFT_CONFIG).is_file():
+        model = load_base(name, dtype, quantize)
+        count = inject_peft(adapter, model, HUB_NAMES.get(name, name), huggingface_module)
+        print(f"{adapter}: filled {count} modules", file=sys.stderr)
+        return model
+    file = adapter_file(adapter)
+    spec = read_adapter_spec(file)
+    if not same_base(spec.base, name):
+        raise ValueError(
+            f"The adapter {file} does not belong to this model (base: file {spec.base!r}, model {name!r}). Load it "
+            "onto its own base, or a copy of that in a directory of the same name."
+        )
+    model = load_base(name, dtype, quantize)
+    inject_lora(model, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(0), use_rslora=spec.use_rslora)
+    load_adapter(file, model, name)
+    if spec.base != name:
+        print(f"{file}: trained on {spec.base}, loaded onto {name}", file=sys.stderr)
+    return model
