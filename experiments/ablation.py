@@ -6,8 +6,8 @@ Question:  does it matter that the shrink stops; which λ; does AdamW with weigh
 Command:   python -m experiments.ablation
            python -m experiments.ablation --scale 2 --lams 0.02 --controls 0.02    (where pairs become stable early)
            python -m experiments.ablation --lengths 1 3 10     (AdamW and λ = 0.001 for longer too; --help)
-Hardware:  2 CPU cores, 6 GB. Minutes: 4 to 8 a cell of one epoch; 11 variants x 3 seeds, about 3.5 hours; 12 to 20 a
-           cell of three epochs, 40 to 70 of ten.
+Hardware:  2 CPU cores, 6 GB. Minutes: 4 to 20 a cell of one epoch; 11 variants x 3 seeds, about 4 hours; 37 to 47 a
+           cell of three epochs, 60 to 70 of ten.
 Expected:  the paper has at most 0.14 points between stopping and shrinking on, at λ <= 0.005. Here AdamW has
            67 +- 2 % per token, and what stops is within a point of it; at λ = 0.02 what never stops is 11 points below.
 
@@ -75,7 +75,7 @@ def cells(config: AblationConfig) -> list[Cell]:
 
 def main(config: AblationConfig) -> None:
     if config.smoke:
-        with smoke(config, lams=(), controls=(0.05,), seeds=1) as small:
+        with smoke(config, methods=config.methods, lams=(), controls=(0.05,), seeds=1) as small:
             main(small)
         return
     run_cells("ablation", cells(config), config)

@@ -4,11 +4,12 @@ Question:  SmolLM2-135M, LoRA r = 8 on q and v, Stable-LoRA, batch 8 an adapter,
            are answers: how many adapter steps a second, for K = 1 to 16 adapters at once, and with what memory?
 Command:   make bench-sweep        (or python -m experiments.bench_sweep; --help)
 Hardware:  2 CPU cores with nothing else running, or one GPU. Minutes: 9.
-Expected:  on 2 cores 1.1 times as many as single steps for K = 2, and 0.8 to 0.7 times for 4 to 16, because a single
-           batch fills them already; what is saved is loading and compiling K times. On an accelerator more are hoped
-           for, until K batches fill it: not measured.
+Expected:  on 2 cores about as many as single steps for K = 2, and fewer for 4 to 16, because a single batch fills them
+           already; what is saved is loading and compiling K times. On an accelerator more are hoped for, until K
+           batches fill it: not measured.
 
 Every K runs in a process of its own, so that its memory is its own; single steps are timed in each, in turns with it.
+Medians of six steps: those of the single step, which is the same in every row, tell how much they vary.
 """
 
 import json

@@ -1,8 +1,9 @@
 """Cells: the runs that an experiment is made of, and the lines that they leave.
 
-A cell is a training configuration and the questions it is scored on; its key is a hash of both, so a cell means the
-same wherever it stands. `run_cells` skips those that have a line in the results already. A run that was killed is in
-its run directory, named by the experiment and the key, and goes on from its newest checkpoint.
+A cell is a training configuration and how it is scored; its key is a hash of both, so a cell means the same wherever it
+stands (a .jsonl file counts by its name: give a changed one another). `run_cells` skips those that have a line in the
+results already. A run that was killed is in its run directory, named by the experiment and the key, and goes on from
+its newest checkpoint.
 
 A line of experiments/results/NAME.jsonl is one finished cell: configuration, scores with every question's right or
 wrong as a string of 1 and 0 (so that two cells can be compared question by question), steps at which the matrices
@@ -81,15 +82,28 @@ def training(options: Options, task: str, **changes: Any) -> TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One training run and what it is scored on: a split of its task, "holdout", or a .jsonl file of questions."""
+    """One training run and how it is scored."""
 
     train: TrainConfig
     score_on: str = "validation"
+    """A split of its task, "holdout", or a .jsonl file of questions."""
+    scoring: str = ""
+    """What else its scores depend on, in an experiment that measures in a way of its own."""
     key: str = field(init=False)
 
     def __post_init__(self):
-        text = json.dumps({"train": described(self.train), "score_on": self.score_on}, sort_keys=True)
+        text = json.dumps(self.described(), sort_keys=True)
         object.__setattr__(self, "key", hashlib.sha256(text.encode()).hexdigest()[:16])
+
+    def described(self) -> Record:
+        """Returns what stands in the cell's line, and decides its key."""
+        scored = {"score_on": self.score_on} | ({"scoring": self.scoring} if self.scoring else {})
+        return {"train": described(self.train)} | scored
+
+
+def cell_of(line: Record) -> Cell:
+    """Returns the cell of a line, with today's defaults for options that the line is too old to know."""
+    return Cell(train=TrainConfig(**line["train"]), score_on=line["score_on"], scoring=line.get("scoring", ""))
 
 
 Score: TypeAlias = Callable[[Cell, Path], Record]
@@ -142,7 +156,7 @@ def run_group(group: Sequence[Cell], runs: Path, score: Score) -> Iterator[Recor
                 outcome["score_seconds"] = round(time.perf_counter() - start, 1)
             except NonFiniteScoreError as error:
                 outcome = {"failed": str(error)}
-        yield {"key": cell.key, "train": described(cell.train), "score_on": cell.score_on} | outcome | provenance()
+        yield {"key": cell.key} | cell.described() | outcome | provenance()
 
 
 def part_of(cells: Sequence[Cell], part: str) -> tuple[list[Cell], str]:
@@ -195,9 +209,8 @@ def read_lines(name: str, results: Path) -> list[Record]:
 
 
 def finished(name: str, results: Path) -> dict[str, Record]:
-    """Returns key -> line. Keys are made anew, with today's defaults for options that a line is too old to know."""
-    lines = read_lines(name, results)
-    return {Cell(train=TrainConfig(**line["train"]), score_on=line["score_on"]).key: line for line in lines}
+    """Returns key -> line. Keys are made anew, as lines may be older than an option."""
+    return {cell_of(line).key: line for line in read_lines(name, results)}
 
 
 def append(file: Path, record: Record) -> None:

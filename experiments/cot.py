@@ -2,10 +2,11 @@
 
 Question:  after 1000, 2000 and 5000 steps on worked solutions, how much of GSM8K do AdamW and Stable-LoRA answer right?
 Command:   python -m experiments.cot --model Qwen/Qwen2-0.5B     (--train and --test take .jsonl files; --help)
-Hardware:  an accelerator of 16 GB or more. Minutes: about 10 a thousand steps on one; not for a CPU, but with --smoke.
+Hardware:  an accelerator of 16 GB or more. Minutes: not measured; not for a CPU, but with --smoke.
 Expected:  the paper, 3B at 5000 steps: 59.44 with Stable-LoRA, 58.83 with AdamW.
 
-Lines of a training file have "query" and "response" (MetaMathQA) or "question" and "answer" (GSM8K).
+η, s and λ are not searched here; the paper searches them for each method. Lines of a training file have "query" and
+"response" (MetaMathQA) or "question" and "answer" (GSM8K).
 """
 
 import hashlib
@@ -71,8 +72,9 @@ def cells(config: CotConfig) -> list[Cell]:
     folder = config.runs.parent / "data"
     train, test = as_file(config.train, "train", folder), as_file(config.test, "test", folder)
     numbers = {"learning_rate": config.learning_rate, "alpha": 8 * config.scale, "lam": config.lam, "loss": "answer"}
+    scored = {"score_on": test, "scoring": f"max_new_tokens={config.max_new_tokens}"}
     return [
-        Cell(train=training(config, train, method=method, seed=seed, **numbers | {"steps": steps}), score_on=test)
+        Cell(train=training(config, train, method=method, seed=seed, **numbers | {"steps": steps}), **scored)
         for steps in config.lengths
         for method in config.methods
         for seed in range(config.seeds)

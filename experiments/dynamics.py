@@ -3,7 +3,7 @@
 Question:  with AdamW, does ‖A‖ stay at its start while ‖B‖ grows, and does δ₁ = s A ΔB dominate δ₂ = s ΔA B? What does
            the shrink change, and how does the number of steps until stable depend on λ, η, s, module and layer?
 Command:   python -m experiments.dynamics      (--help)
-Hardware:  2 CPU cores, 6 GB. Minutes: about 4 a cell, 7 cells.
+Hardware:  2 CPU cores, 6 GB. Minutes: 8 to 21 a cell, 7 cells.
 Expected:  AdamW: ‖A‖ never below its start, δ₁ above δ₂ throughout. λ = 0.005, η = 5e-4, s = 2, one epoch: no q_proj of
            30 becomes stable, all v_proj do, around step 222 of 281.
 

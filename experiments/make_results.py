@@ -27,6 +27,7 @@ from experiments import (
     width_scaling,
     width_transformers,
 )
+from stable_lora_jax.cli.plots import PlotsConfig, plots_command
 
 EXPERIMENTS = {
     "qa": qa,
@@ -94,8 +95,9 @@ def main(config: ResultsConfig) -> None:
     made = sections(config.results)
     for name, text in made.items():
         (config.results / f"{name}.md").write_text(page(name, text))
-    report = config.results / "demo" / "report.md"
-    report.write_text(demo.report(json.loads(report.with_name("results.json").read_text())))
+    of_demo = config.results / "demo"
+    (of_demo / "report.md").write_text(demo.report(json.loads((of_demo / "results.json").read_text())))
+    plots_command(PlotsConfig(runs=tuple(of_demo / method for method in demo.METHODS), out=of_demo))
     config.readme.write_text(readme(config.readme.read_text(), made, config.results))
     print(f"Made {', '.join(made)}.")
 

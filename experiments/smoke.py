@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments.cells import Cell, Options, train_cells
-from stable_lora_jax.cli.train import TrainConfig
+from experiments.cells import Options, cell_of, train_cells
 from stable_lora_jax.training import read_metrics
 from tests.models import tiny  # the tests' tiny model, so that there is one
 
@@ -50,7 +49,7 @@ def check_resume(config: Options) -> None:
     """Raises RuntimeError unless a finished run, put back to its step 2, goes on to the same adapter and stops."""
     lines = (line for file in config.results.glob("*.jsonl") for line in read_metrics(file))
     line = next(line for line in lines if "train" in line)
-    cell = Cell(train=TrainConfig(**line["train"]), score_on=line["score_on"])
+    cell = cell_of(line)
     (whole,) = config.runs.glob(f"*/{cell.key}")
     again = config.runs.with_name("again") / cell.key
     shutil.copytree(whole, again)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from experiments.cells import Record, correctness
-from stable_lora_jax.cli.train import TrainConfig, described
+from experiments.cells import Record, cell_of, correctness
 from stable_lora_jax.evaluation import (
     Estimate,
     expected_best,
@@ -67,7 +66,8 @@ def task_of(record: Record) -> str:
 def setting(record: Record, *varied: str) -> str:
     """Returns all that a line was trained and scored with, but for the seed and what varies within a table."""
     # Read as today's configuration, so that lines from before an option existed are not of another setting.
-    whole = described(TrainConfig(**record["train"])) | {"score_on": record["score_on"]}
+    whole = cell_of(record).described()
+    whole |= whole.pop("train")
     return json.dumps({name: value for name, value in whole.items() if name not in ("seed", *varied)})
 
 
@@ -107,7 +107,7 @@ def of_seeds(records: Sequence[Record], field: str) -> Estimate:
 
 
 def made_by(groups: Mapping[Any, Sequence[Record]]) -> str:
-    """Returns the commits and machines that made the lines, and the groups of each where there are several machines."""
+    """Returns what made the lines: machines (and which groups, if there are several), commits, minutes."""
     machines: dict[str, dict[str, dict[str, None]]] = {}
     for key, records in groups.items():
         name = key if isinstance(key, str) else " ".join(map(str, key))
@@ -118,7 +118,16 @@ def made_by(groups: Mapping[Any, Sequence[Record]]) -> str:
         f"on {cpu} at {', '.join(made['commits'])}" + (f" ({', '.join(made['groups'])})" if len(machines) > 1 else "")
         for cpu, made in machines.items()
     ]
-    return f"Measured {'; '.join(told)}.\n\n"
+    minutes = [
+        (record["train_seconds"] + record["score_seconds"]) / 60
+        for records in groups.values()
+        for record in records
+        if record.get("train_seconds") is not None
+    ]
+    taken = (
+        f" A cell took {np.median(minutes):.0f} minutes ({min(minutes):.0f} to {max(minutes):.0f})." if minutes else ""
+    )
+    return f"Measured {'; '.join(told)}.{taken}\n\n"
 
 
 def best_of_three(records: Sequence[Record]) -> str:

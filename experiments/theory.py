@@ -121,8 +121,7 @@ def section(lines: list[dict[str, Any]], figure: Path) -> str:
             cells.append(f"{found[name].value:.2f} ± {margin:.2f} ({expected[name]:g})")
             outside += not found[name].low <= expected[name] <= found[name].high
             count += 1
-        stops = [line["stable_at"] for line in each if line["stable_at"]]
-        cells.append(f"{len(stops)} of {len(each)}, step {min(stops)} to {max(stops)}" if stops else "-")
+        cells.append(stops(each))
         rows.append([f"{c:g}", method, *cells])
     widths = sorted({line["width"] for line in lines})
     draw(groups, figure)
@@ -133,8 +132,18 @@ def section(lines: list[dict[str, Any]], figure: Path) -> str:
     return text + tables.markdown(("c", "method", *NAMES, "stable"), rows) + f"\n\n![exponents]({figure.name})\n\n"
 
 
+def stops(lines: list[dict[str, Any]]) -> str:
+    """Returns how many runs became stable, and the median step at which they did at the least and the largest width."""
+    reached = tables.grouped((line for line in lines if line["stable_at"]), lambda line: line["width"])
+    if not reached:
+        return "-"
+    ends = dict.fromkeys((min(reached), max(reached)))
+    told = [f"{int(np.median([line['stable_at'] for line in reached[n]]))} at n = {n}" for n in ends]
+    return f"{sum(map(len, reached.values()))} of {len(lines)}, step {' to '.join(told)}"
+
+
 def draw(groups: dict[Any, list[dict[str, Any]]], path: Path) -> None:
-    """Writes a figure: for each c the sizes over the width at the last step, and the slopes that theory predicts."""
+    """Writes a figure: for each c the sizes over the width at the last step, the slopes fitted and those predicted."""
     from matplotlib.figure import Figure
 
     exponents_of_rate = sorted({c for c, _ in groups})
@@ -144,17 +153,20 @@ def draw(groups: dict[Any, list[dict[str, Any]]], path: Path) -> None:
         row, color = axes[exponents_of_rate.index(c)], f"C{list(METHODS).index(method)}"
         last, widths = list(lines[0]["sizes"])[-1], sorted({line["width"] for line in lines})
         sizes = np.array([[line["sizes"][last] for line in lines if line["width"] == width] for width in widths])
+        fitted, expected = exponents(lines, last), predicted(c, method)
         for number, (name, ax) in enumerate(zip(NAMES, row, strict=True)):
             each = sizes[:, :, number]
             ax.plot(widths, each, color=color, linewidth=0.5, alpha=0.5)
-            middle, slope = np.exp(np.log(each).mean(1)), predicted(c, method)[name]
+            middle, found = np.exp(np.log(each).mean(1)), fitted[name]
             ax.plot(widths, middle, "o", markersize=3, color=color, label=method)
             distances = np.log(widths) - np.log(widths).mean()
-            ax.plot(widths, np.exp(np.log(middle).mean() + slope * distances), "--", color=color, linewidth=1)
+            for slope, style in ((found.value, "-"), (expected[name], "--")):
+                ax.plot(widths, np.exp(np.log(middle).mean() + slope * distances), style, color=color, linewidth=1)
+            told = f"{found.value:.2f} ± {(found.high - found.low) / 2:.2f}"
+            place = (0.03, 0.03 + 0.08 * list(METHODS).index(method))
+            ax.annotate(told, place, xycoords="axes fraction", color=color, fontsize=7)
             ax.set(xscale="log", yscale="log", title=f"{name}, c = {c:g}")
-    axes[0, 0].legend(fontsize=7)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("root mean square", fontsize=8)
-    for ax in axes[-1]:
-        ax.set_xlabel("width n (dashed: predicted slope)", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS))
+    figure.supylabel("root mean square", fontsize=9)
+    figure.supxlabel("width n; solid and in numbers: fitted slope ± 95 %; dashed: predicted slope", fontsize=9)
     figure.savefig(path, dpi=110)

@@ -5,8 +5,7 @@ Command:   python -m experiments.width_scaling       (--help)
 Hardware:  2 CPU cores, 2 GB. Minutes: 1.
 Expected:  the predictions within 0.15, a factor of 1.9 over all widths and a tolerance of ours, in all rows but one;
            most intervals exclude them. At c = 3/2, δ₁ and ΔY explode with γ = 1/2 under AdamW, not once Stable-LoRA has
-           erased A₀. The row that disagrees: Stable-LoRA, c = 3/2, b2 = 0.999: all vanish faster, ΔY with γ = -0.6 for
-           0.
+           erased A₀. The row that disagrees: Stable-LoRA, c = 3/2, b2 = 0.999: all vanish faster, ΔY with γ = -0.6.
 
 A teacher adds x U V (rank 4, outputs of order 1) to a frozen layer n -> n, a student s x A B; the layer itself cancels
 in their difference and is left out. The batch is fixed, the loss a sum over outputs, Adam's eps so small that it plays

@@ -82,7 +82,7 @@ def report(results: Path) -> str:
         rows = []
         for (c, method), each in tables.grouped(lines, lambda line: (line["c"], line["method"])).items():
             start, end = np.transpose([line["losses"] for line in each])
-            rows.append([f"{c:g}", method, f"{start.mean():.3f}", f"{100 * np.mean(1 - end / start):.3f}"])
+            rows.append([f"{c:g}", method, f"{start.mean():.3f}", f"{100 * np.mean(1 - end / start):.2f}"])
         text += "How much is learned, on average of all widths and seeds:\n\n"
         text += tables.markdown(("c", "method", "loss per token before", "falls by, %"), rows) + "\n"
     return text

@@ -1,6 +1,7 @@
 """What the documents show must run: the README's programs and every notebook. The one with Tunix runs in its tests."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ def test_the_readme_programs_run(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the notebook client's own dependencies
 def test_every_notebook_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) or output.get("text") for output in shown), "commit its outputs"
+    start = time.perf_counter()
     # Where Jupyter starts it: beside the file.
-    NotebookClient(
-        nbformat.read(path, as_version=4), timeout=120, resources={"metadata": {"path": path.parent}}
-    ).execute()
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": path.parent}}).execute()
+    assert time.perf_counter() - start < 120

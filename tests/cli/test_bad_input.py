@@ -74,7 +74,10 @@ def flags(model_dir, data_file, tmp_path):
         ("--lam nan", "lam=nan is not in [0, 1)"),
         ("--lam-schedule cosine --lam 2", "lam=2.0 is not in [0, 1)"),
         ("--holdout 24", "hold out 24 of 24"),
-        ("--decay-only-a --weight-decay 1 --method lora-rite", "decay_only_a is for adamw and stable-lora, not for lora-rite"),
+        (
+            "--decay-only-a --weight-decay 1 --method lora-rite",
+            "decay_only_a is for adamw and stable-lora, not for lora-rite",
+        ),
         ("--method lora-plus --ratio 0.5", "ratio=0.5 is not in [1, inf)"),
         ("--learning-rate -1", "learning_rate=-1.0 is not in [0, inf)"),
         ("--learning-rate nan", "learning_rate=nan is not in [0, inf)"),
