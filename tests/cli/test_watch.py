@@ -59,6 +59,26 @@ def test_a_running_run(watched, tmp_path, capsys):
     assert "no run directory" in capsys.readouterr().err
 
 
+def test_it_follows_a_run_to_its_end(watched, tmp_path, monkeypatch):
+    run, file, seen = tmp_path / "run", tmp_path / "page.html", []
+    run.mkdir()
+    shutil.copy(watched / "config.json", run)
+    lines = (watched / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[: len(lines) // 2]))
+
+    def meanwhile(seconds):
+        seen.append(file.read_text())
+        if len(seen) == 1:
+            (run / "metrics.jsonl").write_text("".join(lines))
+        else:
+            shutil.copy(watched / "adapter.safetensors", run)
+
+    monkeypatch.setattr("stable_lora_jax.cli.watch.time.sleep", meanwhile)
+    assert main(["watch", str(run), "--html", str(file)]) == 0
+    assert ["Step 12 of 12" in page for page in (*seen, file.read_text())] == [False, True, True]
+    assert ["http-equiv" in page for page in (*seen, file.read_text())] == [True, True, False]
+
+
 @pytest.mark.parametrize("at", ["read_metrics", "time.sleep"])
 def test_an_interrupt_ends_the_watching_at_any_moment(tmp_path, monkeypatch, at):
     def interrupt(*args):
