@@ -1,5 +1,7 @@
 """Makes every table and figure again from what was measured: experiments/results/*.md and *.png, the README's tables.
 
+The figures beside the demo's table are those that `make demo` drew.
+
 Command:   make results            (or python -m experiments.make_results)
 Hardware:  any. Minutes: 0.3.
 """
@@ -27,7 +29,6 @@ from experiments import (
     width_scaling,
     width_transformers,
 )
-from stable_lora_jax.cli.plots import PlotsConfig, plots_command
 
 EXPERIMENTS = {
     "qa": qa,
@@ -97,7 +98,6 @@ def main(config: ResultsConfig) -> None:
         (config.results / f"{name}.md").write_text(page(name, text))
     of_demo = config.results / "demo"
     (of_demo / "report.md").write_text(demo.report(json.loads((of_demo / "results.json").read_text())))
-    plots_command(PlotsConfig(runs=tuple(of_demo / method for method in demo.METHODS), out=of_demo))
     config.readme.write_text(readme(config.readme.read_text(), made, config.results))
     print(f"Made {', '.join(made)}.")
 
