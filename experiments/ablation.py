@@ -13,17 +13,22 @@ Expected:  the paper has at most 0.14 points between stopping and shrinking on, 
 
 Whether stopping matters can show only where pairs stop: at s = 16 and λ = 0.001 none does within an epoch, so that run
 and the one that never stops are the same; at λ = 0.005 some do in its last steps. At s = 2 and λ = 0.02 all do within
-its first half. Weight decay falls with the learning rate, so its control is λ with a cosine to 0, not a constant λ.
+its first half; there, the cosine and the weight decay have not been run. Weight decay falls with the learning rate, so
+its control is λ with a cosine to 0, not a constant λ. Ten epochs have one seed.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import tyro
 
-from experiments.ablation_tables import report
+from experiments.ablation_tables import LONGEST, report
 from experiments.cells import Cell, Options, run_cells, training
 from experiments.smoke import smoke
+from stable_lora_jax.training import read_metrics
+
+SHOWN = ("norm_a", "norm_b", "gap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +78,30 @@ def cells(config: AblationConfig) -> list[Cell]:
     ]
 
 
+def keep_norms(config: AblationConfig) -> None:
+    """Keeps what a figure shows of the longest run of Stable-LoRA: its stops, and its norms at some 60 steps."""
+    plain = {"method": "stable-lora", "lam_schedule": "constant", "stop_when_stable": True, "seed": 0}
+    found = [cell for cell in cells(config) if vars(cell.train).items() >= plain.items()]
+    longest = max(found, key=lambda cell: cell.train.steps or 0, default=None)
+    if longest and (metrics := config.runs / "ablation" / longest.key / "metrics.jsonl").exists():
+        lines = read_metrics(metrics)
+        norms = [line for line in lines if "norms" in line]
+        kept: list[dict[str, Any]] = [line for line in lines if "pair" in line]
+        for line in norms[:: max(1, len(norms) // 60)]:
+            shown = {pair: {name: each[name] for name in SHOWN} for pair, each in line["norms"].items()}
+            kept.append({"step": line["step"], "norms": shown})
+        file = config.results / LONGEST / "metrics.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
 def main(config: AblationConfig) -> None:
     if config.smoke:
-        with smoke(config, methods=config.methods, lams=(), controls=(0.05,), seeds=1) as small:
+        with smoke(config, methods=config.methods, lams=(0.05,), controls=(0.05,), seeds=1) as small:
             main(small)
         return
     run_cells("ablation", cells(config), config)
+    keep_norms(config)
     print(report(config.results))
 
 

@@ -5,14 +5,16 @@ from pathlib import Path
 
 from experiments import tables
 from experiments.cells import Record, read_lines
+from stable_lora_jax.plots import plot_norms
 
 # What a variant may change.
 VARIED = ("method", "lam", "lam_schedule", "stop_when_stable", "weight_decay", "decay_only_a")
 NEVER = ", never stops"
+LONGEST = "ablation-longest-run"
 
 
 def report(results: Path) -> str:
-    """Returns the tables, one a task, length and setting."""
+    """Returns the tables, one a task, length and setting, and draws the figure of the longest run."""
     records, text = read_lines("ablation", results), ""
     for each in tables.grouped(records, lambda record: tables.setting(record, *VARIED)).values():
         variants = tables.grouped(each, name_of)
@@ -22,6 +24,9 @@ def report(results: Path) -> str:
         text += f"η = {train['learning_rate']:g}, s = {train['alpha'] / train['rank']:g}\n\n"
         text += f"{tables.markdown(('variant', *tables.SCORES), rows)}\n\n"
         text += _without_the_rule(variants) + tables.made_by(variants)
+    if (results / LONGEST).exists():
+        plot_norms(results / LONGEST).savefig(results / f"{LONGEST}.png", dpi=110)
+        text += f"The norms of every matrix in the longest run of Stable-LoRA:\n\n![norms and gap]({LONGEST}.png)\n\n"
     return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 

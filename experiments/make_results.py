@@ -1,7 +1,5 @@
 """Makes every table and figure again from what was measured: experiments/results/*.md and *.png, the README's tables.
 
-The figures beside the demo's table are those that `make demo` drew.
-
 Command:   make results            (or python -m experiments.make_results)
 Hardware:  any. Minutes: 0.3.
 """
@@ -43,7 +41,7 @@ EXPERIMENTS = {
 PAGES = EXPERIMENTS | {"bench_sweep": bench_sweep, "quantize": quantize, "plan": plan_tables}  # each has a command
 # README block -> (what makes its table, the file it is made from)
 TABLES = {
-    "demo": (demo.table, "demo/results.json"),
+    "demo": (demo.table, "demo.json"),
     "bench_train": (bench_train.table, "bench_train.json"),
     "bench_optimizers": (bench_optimizers.short_table, "bench_optimizers.json"),
 }
@@ -96,8 +94,6 @@ def main(config: ResultsConfig) -> None:
     made = sections(config.results)
     for name, text in made.items():
         (config.results / f"{name}.md").write_text(page(name, text))
-    of_demo = config.results / "demo"
-    (of_demo / "report.md").write_text(demo.report(json.loads((of_demo / "results.json").read_text())))
     config.readme.write_text(readme(config.readme.read_text(), made, config.results))
     print(f"Made {', '.join(made)}.")
 

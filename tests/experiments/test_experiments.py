@@ -81,6 +81,9 @@ def test_the_findings_are_those_of_the_lines():
     assert told in readme
     assert len(variants["λ = 0.001"]) == 3
     assert long.nats.high < 0
+    (adamw,), (stable,) = (lines_of("ablation", steps=2810, method=method) for method in ("adamw", "stable-lora"))
+    told = f"AdamW has {100 * adamw['accuracy_token']:.1f} % and λ = 0.001 {100 * stable['accuracy_token']:.1f} %"
+    assert f"{told}, {adamw['nll_token']:.3f} and {stable['nll_token']:.3f} nats per token (one seed)" in readme
     variants = tables.grouped(lines_of("ablation", steps=281, alpha=2 * 8), name_of)
     stops, never = (tables.compared(variants["AdamW"], variants[f"λ = 0.02{rule}"]) for rule in ("", NEVER))
     assert stops is not None
