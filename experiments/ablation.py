@@ -7,7 +7,7 @@ Command:   python -m experiments.ablation
            python -m experiments.ablation --scale 2 --lams 0.02 --controls 0.02    (where pairs become stable early)
            python -m experiments.ablation --lengths 1 3 10     (AdamW and λ = 0.001 for longer too; --help)
 Hardware:  2 CPU cores, 6 GB. Minutes: 4 to 20 a cell of one epoch; 11 variants x 3 seeds, about 4 hours; 37 to 47 a
-           cell of three epochs, 60 to 70 of ten.
+           cell of three epochs, 73 to 94 of ten.
 Expected:  the paper has at most 0.14 points between stopping and shrinking on, at λ <= 0.005. Here AdamW has
            67 +- 2 % per token, and what stops is within a point of it; at λ = 0.02 what never stops is 11 points below.
 
@@ -84,13 +84,14 @@ def keep_norms(config: AblationConfig) -> None:
     found = [cell for cell in cells(config) if vars(cell.train).items() >= plain.items()]
     longest = max(found, key=lambda cell: cell.train.steps or 0, default=None)
     if longest and (metrics := config.runs / "ablation" / longest.key / "metrics.jsonl").exists():
-        lines = read_metrics(metrics)
+        file, lines = config.results / LONGEST / "metrics.jsonl", read_metrics(metrics)
+        if max((line["step"] for line in read_metrics(file)), default=0) > lines[-1]["step"]:
+            return  # what is kept is of a longer run
         norms = [line for line in lines if "norms" in line]
         kept: list[dict[str, Any]] = [line for line in lines if "pair" in line]
         for line in norms[:: max(1, len(norms) // 60)]:
             shown = {pair: {name: each[name] for name in SHOWN} for pair, each in line["norms"].items()}
             kept.append({"step": line["step"], "norms": shown})
-        file = config.results / LONGEST / "metrics.jsonl"
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
