@@ -13,7 +13,7 @@ from stable_lora_jax.optim.lora_rite import (
     lora_rite_report,
     scale_by_lora_rite,
 )
-from stable_lora_jax.optim.pairs import Pair, find_pairs, lora_labels
+from stable_lora_jax.optim.pairs import Pair, PairSpec, find_pairs, lora_labels
 from stable_lora_jax.optim.riemannian import RiemannianState, riemannian_adamw, scale_by_riemannian
 from stable_lora_jax.optim.stable_lora import (
     PairStability,
@@ -28,6 +28,7 @@ __all__ = [
     "LoraRiteReport",
     "LoraRiteState",
     "Pair",
+    "PairSpec",
     "PairStability",
     "RiemannianState",
     "StableLoraState",

@@ -3,7 +3,7 @@
 A factor is a matrix X with r columns, whatever the layout of its leaf: X_A = A: (n, r), X_B = Bᵀ: (m, r). Here it is
 stored transposed, so that long rows are contiguous, and all pairs of one shape, stacked or in leaves of their own, are
 one array (k, r, rows), at least float32. Everything expensive about a pair happens in r dimensions, r being 8 or so:
-these small problems of all factors are concatenated and solved as one batch (`in_one_call`).
+these small problems of all factors are concatenated and solved as one batch (`batched_by_shape`).
 
 LAPACK's QR is called once a matrix, with an overhead that is larger than an 8 x 8 problem, and its Cholesky gives NaN
 for a singular matrix. Inverses and orthonormal columns both come from one routine instead (`_inverse_root`), a Cholesky
@@ -18,37 +18,41 @@ return a direction made of rounding errors.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from stable_lora_jax.optim.layouts import other_axes
 from stable_lora_jax.optim.pairs import Pair
 
 # What has a shape and a dtype; nothing else is read to find out how leaves are grouped.
 Leaf: TypeAlias = Array | jax.ShapeDtypeStruct
+# The leaves of a tree, of which only those of pairs are read: others may be anything.
+Leaves: TypeAlias = Sequence[Any] | Mapping[int, Leaf]
 
 # Up to this many columns, loops over them are unrolled, which lets the compiler fuse their steps.
 _SMALL = 16
 
 
-def alike(pairs: Sequence[Pair], leaves: Sequence[Leaf]) -> list[list[Pair]]:
+def group_by_shape(pairs: Sequence[Pair], leaves: Leaves) -> list[list[Pair]]:
     """Returns the pairs in groups that have the same rank, fan-in, fan-out and dtypes.
 
     The order is that of the pairs' names, in the groups and of the groups, so that what is kept of a group from step to
     step meets the same pairs however the tree is wrapped.
 
     Raises:
-      ValueError: a pair of square matrices, where the rank axis cannot be told.
+      ValueError: a pair whose rank axis the names and shapes leave open.
     """
     groups: dict[Any, list[Pair]] = {}
     for pair in sorted(pairs, key=lambda pair: pair.name):
         if pair.rank_axes is None:
             raise ValueError(
-                f"The rank axis of the pair '{pair.name}' cannot be told: A and B are square and of the same size. "
-                "This optimizer needs it; use a rank below the fan-in and the fan-out."
+                f"The rank axis of the pair '{pair.name}' is unknown: A {leaves[pair.a].shape} and B "
+                f"{leaves[pair.b].shape} can be read as (n, r)/(r, m) and as (r, n)/(m, r). This optimizer needs it: "
+                "say it by labels=[PairSpec(a, b, rank_axes=(-1, 0))], or (0, -1) for the second."
             )
         kind = tuple((_sizes(leaves[i], pair, side)[1:], leaves[i].dtype) for side, i in ((0, pair.a), (1, pair.b)))
         groups.setdefault(kind, []).append(pair)
@@ -56,7 +60,7 @@ def alike(pairs: Sequence[Pair], leaves: Sequence[Leaf]) -> list[list[Pair]]:
 
 
 def factors(
-    groups: Sequence[Sequence[Pair]], leaves: Sequence[Array]
+    groups: Sequence[Sequence[Pair]], leaves: Leaves
 ) -> tuple[list[Float[Array, "_k _r _n"]], list[Float[Array, "_k _r _m"]]]:
     """Returns the factors A and the factors B of every group, from a flattened tree of parameters or gradients."""
     a = [jnp.concatenate([_matrices(leaves[pair.a], pair, 0) for pair in group]) for group in groups]
@@ -64,10 +68,17 @@ def factors(
     return a, b
 
 
-def put_back(
-    groups: Sequence[Sequence[Pair]], moves: Sequence[Float[Array, "_k _r _rows"]], leaves: Sequence[Any]
+def scatter_updates(
+    groups: Sequence[Sequence[Pair]],
+    moves: Sequence[Float[Array, "_k _r _rows"]],
+    leaves: Sequence[Any],
+    params: Sequence[Any],
 ) -> list[Any]:
-    """Returns `leaves` with A and B replaced by `moves`, all A and then all B, in the leaves' shapes and dtypes."""
+    """Returns `leaves` with A and B replaced by `moves`, all A and then all B, in the leaves' shapes.
+
+    Their dtype is that of the parameter or of the leaf, whichever is wider: 16-bit gradients of float32 adapters become
+    float32 updates.
+    """
     replaced = list(leaves)
     for number, matrices in enumerate(moves):
         side, group = number // len(groups), groups[number % len(groups)]
@@ -75,21 +86,22 @@ def put_back(
         for pair in group:
             index = (pair.a, pair.b)[side]
             leaf = leaves[index]
-            order = _order(leaf, pair, side)
+            shape, order = _view(leaf, pair, side)
             stop = start + _sizes(leaf, pair, side)[0]
-            moved = matrices[start:stop].reshape([leaf.shape[axis] for axis in order])
-            replaced[index] = jnp.transpose(moved, [order.index(i) for i in range(leaf.ndim)]).astype(leaf.dtype)
+            moved = matrices[start:stop].reshape([shape[axis] for axis in order])
+            moved = jnp.transpose(moved, [order.index(i) for i in range(len(shape))]).reshape(leaf.shape)
+            replaced[index] = moved.astype(jnp.promote_types(leaf.dtype, params[index].dtype))
             start = stop
     return replaced
 
 
-def num_matrices(group: Sequence[Pair], leaves: Sequence[Array]) -> int:
+def num_matrices(group: Sequence[Pair], leaves: Leaves) -> int:
     """Returns k, the number of matrices of a group."""
     return sum(_sizes(leaves[pair.a], pair, 0)[0] for pair in group)
 
 
 def by_pair(
-    groups: Sequence[Sequence[Pair]], values: Sequence[Array], leaves: Sequence[Array]
+    groups: Sequence[Sequence[Pair]], values: Sequence[Array], leaves: Leaves
 ) -> dict[str, Shaped[Array, "k *_"]]:
     """Returns pair name -> its part of what is given group by group, with a first axis that counts matrices."""
     parts = {}
@@ -115,7 +127,7 @@ def times(x: Float[Array, "k r rows"], t: Float[Array, "k r r"]) -> Float[Array,
     return jnp.einsum("kin,kij->kjn", x, t, precision=jax.lax.Precision.HIGHEST)
 
 
-def product(x: Float[Array, "k r r"], y: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
+def product(x: Float[Array, "k i r"], y: Float[Array, "k r j"]) -> Float[Array, "k i j"]:
     """Returns x y of small matrices, in full precision also where products default to less."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
@@ -125,7 +137,7 @@ def transpose(x: Float[Array, "k i j"]) -> Float[Array, "k j i"]:
     return jnp.swapaxes(x, -1, -2)
 
 
-def in_one_call(function: Callable[..., Any], *columns: Sequence[Array]) -> list[Any]:
+def batched_by_shape(function: Callable[..., Any], *columns: Sequence[Array]) -> list[Any]:
     """Returns ``[function(*row) for row in zip(*columns)]``, with one call for all rows of the same rank and dtype.
 
     `function` must treat its first axis as a batch, in what it takes and in everything it returns.
@@ -156,13 +168,26 @@ def orthonormalizers(
 ) -> tuple[list[Float[Array, "_k _r _r"]], list[Float[Array, "_k _r _rows"]]]:
     """Returns for every X a T and X T, whose columns are orthonormal: with X = U R, X T = U and T = R⁻¹.
 
-    Where X loses rank, T leaves out columns that depend on those before them: they are 0 in T and in X T.
+    Where X loses rank, T leaves out columns that depend on those before them: they are 0 in T and in X T. An X with
+    fewer rows than columns always does: there T is its pseudoinverse and U the identity, both filled up with zeros.
     """
-    first = in_one_call(_inverse_root, [gram(x, x) for x in xs])
-    nearly = [times(x, t) for x, t in zip(xs, first, strict=True)]
-    second = in_one_call(_inverse_root, [gram(u, u) for u in nearly])
+    tall = [transpose(x) if _is_wide(x) else x for x in xs]
+    first = batched_by_shape(_inverse_root, [gram(x, x) for x in tall])
+    nearly = [times(x, t) for x, t in zip(tall, first, strict=True)]
+    second = batched_by_shape(_inverse_root, [gram(u, u) for u in nearly])
     maps = [product(t, c) for t, c in zip(first, second, strict=True)]
-    return maps, [times(u, c) for u, c in zip(nearly, second, strict=True)]
+    bases = [times(u, c) for u, c in zip(nearly, second, strict=True)]
+    for number, x in enumerate(xs):
+        if _is_wide(x):
+            # With Xᵀ = Q S: X⁺ = Q S⁻ᵀ.
+            pseudoinverse = product(transpose(bases[number]), transpose(maps[number]))
+            maps[number] = jnp.pad(pseudoinverse, [(0, 0), (0, 0), (0, x.shape[1] - x.shape[2])])
+            bases[number] = jnp.broadcast_to(jnp.eye(*x.shape[1:], dtype=x.dtype), x.shape)
+    return maps, bases
+
+
+def _is_wide(x: Float[Array, "k r rows"]) -> bool:
+    return x.shape[2] < x.shape[1]
 
 
 def _inverse_root(grams: Float[Array, "k r r"], smallest: Float[Array, "k r"] | None = None) -> Float[Array, "k r r"]:
@@ -197,21 +222,30 @@ def _inverse_root(grams: Float[Array, "k r r"], smallest: Float[Array, "k r"] | 
     return transpose(rows[:, :, rank:])
 
 
-def _order(leaf: Leaf, pair: Pair, side: int) -> tuple[int, ...]:
-    """Returns the leaf's axes as stack, rank, rows."""
-    assert pair.rank_axes is not None  # `alike` has refused such pairs
-    rank_axis = pair.rank_axes[side]
-    rows = [axis for axis in range(leaf.ndim) if axis not in pair.stack_axes and axis != rank_axis]
-    return (*pair.stack_axes, rank_axis, *rows)
+def _view(leaf: Leaf, pair: Pair, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shape in which a leaf is a stack of matrices, and its axes in the order stack, rank, rows.
+
+    The products of a grouped convolution are a stack: its A is split along the rank, its B along the fan-out. Matrices
+    A that share one B are one taller matrix.
+    """
+    assert pair.rank_axes is not None  # `group_by_shape` has refused such pairs
+    shape, rank_axis, stack = tuple(leaf.shape), pair.rank_axes[side], pair.stack_axes_b
+    if pair.groups > 1:
+        axis = (rank_axis, 0)[side]
+        shape = (*shape[:axis], pair.groups, shape[axis] // pair.groups, *shape[axis + 1 :])
+        rank_axis, stack = rank_axis + 1, (axis,)
+    return shape, (*stack, rank_axis, *other_axes(len(shape), (*stack, rank_axis)))
 
 
 def _sizes(leaf: Leaf, pair: Pair, side: int) -> tuple[int, int, int]:
     """Returns (k, r, rows) of a leaf."""
-    count = math.prod(leaf.shape[axis] for axis in pair.stack_axes)
-    rank = leaf.shape[_order(leaf, pair, side)[len(pair.stack_axes)]]
-    return count, rank, leaf.size // (count * rank)
+    shape, order = _view(leaf, pair, side)
+    depth = pair.groups > 1 or len(pair.stack_axes_b)
+    sizes = [shape[axis] for axis in order]
+    return math.prod(sizes[:depth]), sizes[depth], math.prod(sizes[depth + 1 :])
 
 
 def _matrices(leaf: Array, pair: Pair, side: int) -> Float[Array, "k r rows"]:
-    wide = jnp.transpose(leaf, _order(leaf, pair, side)).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    shape, order = _view(leaf, pair, side)
+    wide = jnp.transpose(leaf.reshape(shape), order).astype(jnp.promote_types(leaf.dtype, jnp.float32))
     return wide.reshape(_sizes(leaf, pair, side))

@@ -44,15 +44,15 @@ from jaxtyping import Array, Float, Float32, Int32
 from stable_lora_jax.optim.explicit_axes import auto_inside
 from stable_lora_jax.optim.hyperparameters import Number, check_adam, check_range
 from stable_lora_jax.optim.linalg import (
-    alike,
+    batched_by_shape,
     by_pair,
     factors,
     gram,
-    in_one_call,
+    group_by_shape,
     num_matrices,
     orthonormalizers,
     product,
-    put_back,
+    scatter_updates,
     times,
     transpose,
 )
@@ -60,6 +60,7 @@ from stable_lora_jax.optim.pairs import (
     Labels,
     PyTree,
     StackAxes,
+    check_updates,
     find_pairs,
     find_states,
     is_none,
@@ -68,15 +69,15 @@ from stable_lora_jax.optim.pairs import (
 
 
 class FactorState(NamedTuple):
-    """State of one factor, k matrices of it: its basis Uᵀ, both moments Mᵀ and V, ρ, and how often it was skipped.
+    """State of one factor, k matrices of it: its basis Uᵀ, moments mu = Mᵀ and nu = V, ρ, and how often it was skipped.
 
-    The matrices are those of all pairs of one kind (see `linalg.alike`): to take a state of every pair apart and put it
-    together again would take longer than the step.
+    The matrices are those of all pairs of one shape (see `linalg.group_by_shape`): taking a state per pair apart and
+    putting it together again would take longer than the step.
     """
 
     basis: Float[Array, "k r rows"]
-    first: Float[Array, "k r rows"]
-    second: Float[Array, "k r r"]
+    mu: Float[Array, "k r rows"]
+    nu: Float[Array, "k r r"]
     escape: Float[Array, "k"]
     skipped: Int32[Array, "k"]
 
@@ -84,7 +85,7 @@ class FactorState(NamedTuple):
 class LoraRiteState(NamedTuple):
     """State of LoRA-RITE: the step count, both factors of each kind of pair, the last global clip factor in (0, 1]."""
 
-    step: Int32[Array, ""]
+    count: Int32[Array, ""]
     a: tuple[FactorState, ...]
     b: tuple[FactorState, ...]
     clip_factor: Float32[Array, ""]
@@ -153,7 +154,8 @@ def lora_rite(
     def others(tree: PyTree) -> PyTree:
         leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
         paired = {index for pair in find_pairs(tree, labels, stack_axes) for index in (pair.a, pair.b)}
-        return jax.tree.unflatten(treedef, [None if x is None else i not in paired for i, x in enumerate(leaves)])
+        moves = [i not in paired and hasattr(x, "dtype") for i, x in enumerate(leaves)]
+        return jax.tree.unflatten(treedef, moves)
 
     links = [
         rite,
@@ -162,7 +164,7 @@ def lora_rite(
         optax.scale_by_learning_rate(learning_rate),
     ]
     if max_step_a is not None:
-        links.append(_on_pairs(lambda a, _, da, db: (_shorten(da, max_step_a * _norm(a)), db), labels, stack_axes))
+        links.append(_on_pairs(_limit, labels, stack_axes, largest=max_step_a))
     if balance:
         links.append(_on_pairs(_balance, labels, stack_axes))
     return optax.chain(*links)
@@ -193,8 +195,8 @@ def scale_by_lora_rite(
       labels, stack_axes: which leaves are A and B, and which axes count matrices; see `find_pairs`.
 
     Raises:
-      ValueError: a number out of range; in init, everything that `find_pairs` raises, and square pairs, whose rank axis
-        cannot be told; in update, params missing.
+      ValueError: a number out of range; in init, everything that `find_pairs` raises, and pairs whose rank axis is
+        unknown; in update, params missing.
 
     References:
       arXiv 2410.20625, algorithm 1.
@@ -210,14 +212,25 @@ def scale_by_lora_rite(
             leaf: Any = step
             return LoraRiteState(step, leaf, leaf, clip_factor)
         leaves = jax.tree.leaves(params, is_leaf=is_none)
-        groups = alike(find_pairs(params, labels, stack_axes), leaves)
-        sides = jax.eval_shape(functools.partial(factors, groups), leaves)  # their shapes and dtypes are enough
+        groups = group_by_shape(find_pairs(params, labels, stack_axes), leaves)
+        of_pairs = {index: leaves[index] for group in groups for pair in group for index in (pair.a, pair.b)}
+        sides = jax.eval_shape(functools.partial(factors, groups), of_pairs)  # their shapes and dtypes are enough
         a, b = (tuple(_start(x) for x in side) for side in sides)
         return LoraRiteState(step, a, b, clip_factor)
 
-    @auto_inside
+    @auto_inside(b1=b1, b2=b2, eps=eps, **limits)
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        b1: Number,
+        b2: Number,
+        eps: Number,
+        clip: Number,
+        update_skipping: Number,
+        update_capping: Number,
+        **extra_args: object,
     ) -> tuple[PyTree, LoraRiteState]:
         del extra_args
         if params is None:
@@ -226,12 +239,13 @@ def scale_by_lora_rite(
                 "tx.update(grads, opt_state, params)."
             )
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
+        check_updates(updates, params)
         values = jax.tree.leaves(params, is_leaf=is_none)
-        groups = alike(find_pairs(params, labels, stack_axes), values)
+        groups = group_by_shape(find_pairs(params, labels, stack_axes), values)
         a, b = factors(groups, values)
         grad_a, grad_b = factors(groups, leaves)
         old = [*state.a, *state.b]
-        step = state.step + 1
+        step = state.count + 1
 
         def of_other_factor(values: list[Array]) -> list[Array]:
             return values[len(groups) :] + values[: len(groups)]
@@ -242,7 +256,8 @@ def scale_by_lora_rite(
         # u = g T
         unmagnified = [times(g, t) for g, t in zip(grad_a + grad_b, maps, strict=True)]
         covariances = [gram(u, u) for u in unmagnified]
-        kept, scales, clip_factor = _skip_and_clip(unmagnified, covariances, update_skipping, clip)
+        entries = [u.shape[2] * min(u.shape[1], y.shape[2]) for u, y in zip(unmagnified, b + a, strict=True)]
+        kept, scales, clip_factor = _skip_and_clip(entries, covariances, update_skipping, clip)
         # Chosen, not multiplied by 0: what is skipped may hold inf.
         unmagnified = [jnp.where(k[:, None, None], u, 0) for k, u in zip(kept, unmagnified, strict=True)]
         covariances = [
@@ -250,19 +265,24 @@ def scale_by_lora_rite(
             for k, c, s, u in zip(kept, covariances, scales, unmagnified, strict=True)
         ]
         second_moment = functools.partial(_second_moment, step=step, b2=b2, eps=eps, escape=escape)
-        before = [each.second for each in old], [each.escape for each in old]
-        seconds, roots, escapes = _unzip(in_one_call(second_moment, *before, covariances, transports))
+        before = [each.nu for each in old], [each.escape for each in old]
+        seconds, roots, escapes = _unzip(batched_by_shape(second_moment, *before, covariances, transports))
         # M ← (1 - d1) u (V + ρ)^(-1/2) + d1 M Pᵀ
-        d1 = _debiased(b1, step)
+        d1s = [_debiased(b1, step, each.mu.dtype) for each in old]
         firsts = [
-            times(u, ((1 - d1) * s)[:, None, None] * root) + times(each.first, d1 * transpose(p))
-            for u, s, root, each, p in zip(unmagnified, scales, roots, old, transports, strict=True)
+            times(u, ((1 - d1) * s)[:, None, None] * root) + times(each.mu, d1 * transpose(p))
+            for d1, u, s, root, each, p in zip(d1s, unmagnified, scales, roots, old, transports, strict=True)
         ]
-        moves = [times(_cap(m, update_capping), transpose(t)) for m, t in zip(firsts, maps, strict=True)]
-        skipped = [each.skipped + ~keep for each, keep in zip(old, kept, strict=True)]
+        moves = [
+            times(_cap(m, count, update_capping), transpose(t))
+            for m, count, t in zip(firsts, entries, maps, strict=True)
+        ]
+        skipped = [each.skipped + (~keep).astype(jnp.int32) for each, keep in zip(old, kept, strict=True)]
         new = tuple(FactorState(*each) for each in zip(bases, firsts, seconds, escapes, skipped, strict=True))
         sides = new[: len(groups)], new[len(groups) :]
-        return jax.tree.unflatten(treedef, put_back(groups, moves, leaves)), LoraRiteState(step, *sides, clip_factor)
+        return jax.tree.unflatten(treedef, scatter_updates(groups, moves, leaves, values)), LoraRiteState(
+            step, *sides, clip_factor
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -288,7 +308,7 @@ def lora_rite_report(
         )
     (state,) = states
     leaves = jax.tree.leaves(params, is_leaf=is_none)
-    groups = alike(find_pairs(params, labels, stack_axes), leaves)
+    groups = group_by_shape(find_pairs(params, labels, stack_axes), leaves)
     skipped_a, skipped_b = ([jax.tree.leaves(each.skipped)[0] for each in side] for side in (state.a, state.b))
     held, counted = [num_matrices(group, leaves) for group in groups], [len(each) for each in skipped_a]
     if held != counted:
@@ -308,19 +328,25 @@ def _start(x: jax.ShapeDtypeStruct) -> FactorState:
     return FactorState(basis, first, second, jnp.zeros(count, x.dtype), jnp.zeros(count, jnp.int32))
 
 
-def _debiased(beta: Number, step: Array) -> Array:
+def _debiased(beta: Number, step: Array, dtype: jnp.dtype) -> Array:
     """Returns d = b (1 - b^(t-1)) / (1 - b^t), so that an average from zero needs no further correction."""
-    return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
+    return jnp.asarray(beta * (1 - beta ** (step - 1)) / (1 - beta**step), dtype)
 
 
 def _skip_and_clip(
-    unmagnified: list[Array], covariances: list[Array], update_skipping: Number, clip: Number
+    entries: list[int], covariances: list[Array], update_skipping: Number, clip: Number
 ) -> tuple[list[Array], list[Array], Array]:
-    """Returns (kept, scales, clip factor): per matrix whether it moves and what u is multiplied by, 0 if not."""
+    """Returns (kept, scales, clip factor): per matrix whether it moves and what u is multiplied by, 0 if not.
+
+    Args:
+      entries: the number of entries of u, without the columns of zeros that U has where r exceeds its rows.
+      covariances: uᵀu.
+      update_skipping, clip: as in `scale_by_lora_rite`.
+    """
     squares = [jnp.trace(c, axis1=-2, axis2=-1) for c in covariances]
     kept = [
-        ~(square > update_skipping**2 * u[0].size) | (update_skipping == 0)  # NaN is no large number
-        for square, u in zip(squares, unmagnified, strict=True)
+        ~(square > update_skipping**2 * count) | (update_skipping == 0)  # NaN is no large number
+        for square, count in zip(squares, entries, strict=True)
     ]
     norm = jnp.sqrt(sum(jnp.sum(jnp.where(keep, square, 0)) for keep, square in zip(kept, squares, strict=True)))
     clip_factor = jnp.where((norm > clip) & (clip > 0), clip / norm, 1.0)
@@ -339,7 +365,7 @@ def _second_moment(
     escape: bool,
 ) -> tuple[Float[Array, "k r r"], Float[Array, "k r r"], Float[Array, "k"]]:
     """Returns the new V, (V + ρ)^(-1/2) and ρ."""
-    d2 = _debiased(b2, step).astype(second.dtype)
+    d2 = _debiased(b2, step, second.dtype)
     moved = _symmetric(product(product(transport, second), transpose(transport)))
     if escape:
         # ρ ← d2 (ρ + min(max_i(λ_i(V) - λ_i(P V Pᵀ)), tr V - tr P V Pᵀ)), both cut off at 0
@@ -358,26 +384,27 @@ def _symmetric(x: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
     return (x + transpose(x)) / 2
 
 
-def _cap(first: Float[Array, "k r rows"], largest: Number) -> Float[Array, "k r rows"]:
-    """Returns M, scaled down to a root mean square of `largest`; 0 caps nothing."""
-    rms = jnp.sqrt(jnp.mean(first**2, axis=(-2, -1), keepdims=True))
+def _cap(first: Float[Array, "k r rows"], count: int, largest: Number) -> Float[Array, "k r rows"]:
+    """Returns M, scaled down to a root mean square of `largest` over `count` entries; 0 caps nothing."""
+    rms = jnp.sqrt(jnp.sum(first**2, axis=(-2, -1), keepdims=True) / count)
     return jnp.where((largest > 0) & (rms > largest), first * (largest / rms), first)
 
 
 def _on_pairs(
-    function: Callable[[Array, Array, Array, Array], tuple[Array, Array]], labels: Labels, stack_axes: StackAxes
+    function: Callable[..., tuple[Array, Array]], labels: Labels, stack_axes: StackAxes, **numbers: Number
 ) -> optax.GradientTransformation:
-    """Returns a link that replaces the updates of every pair by ``function(a, b, update of a, update of b)``."""
+    """Returns a link that replaces the updates of every pair by ``function(a, b, update of a, of b, **numbers)``."""
 
-    @auto_inside
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object) -> tuple[PyTree, Any]:
-        del extra_args
+    @auto_inside(numbers=numbers)
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, *, numbers: dict[str, Number]
+    ) -> tuple[PyTree, Any]:
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         values = jax.tree.leaves(params, is_leaf=is_none)
-        groups = alike(find_pairs(params, labels, stack_axes), values)
+        groups = group_by_shape(find_pairs(params, labels, stack_axes), values)
         each = zip(*factors(groups, values), *factors(groups, leaves), strict=True)
-        moves_a, moves_b = zip(*(function(*group) for group in each), strict=True)
-        return jax.tree.unflatten(treedef, put_back(groups, moves_a + moves_b, leaves)), state
+        moves_a, moves_b = zip(*(function(*group, **numbers) for group in each), strict=True)
+        return jax.tree.unflatten(treedef, scatter_updates(groups, moves_a + moves_b, leaves, values)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -386,9 +413,11 @@ def _norm(x: Float[Array, "k r rows"]) -> Float[Array, "k 1 1"]:
     return jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
 
 
-def _shorten(move: Float[Array, "k r rows"], longest: Float[Array, "k 1 1"]) -> Float[Array, "k r rows"]:
-    norm = _norm(move)
-    return move * jnp.where(norm > longest, longest / norm, 1)
+def _limit(a: Array, b: Array, move_a: Array, move_b: Array, largest: Number) -> tuple[Array, Array]:
+    """Returns the moves with ‖ΔA‖ no longer than `largest` times ‖A‖."""
+    del b
+    norm, longest = _norm(move_a), largest * _norm(a)
+    return move_a * jnp.where(norm > longest, longest / norm, 1), move_b
 
 
 def _balance(a: Array, b: Array, move_a: Array, move_b: Array) -> tuple[Array, Array]:

@@ -30,8 +30,16 @@ from jaxtyping import Array, Float, Int32
 
 from stable_lora_jax.optim.explicit_axes import auto_inside
 from stable_lora_jax.optim.hyperparameters import Number, check_adam, check_range
-from stable_lora_jax.optim.linalg import alike, factors, gram, in_one_call, inverse, put_back, times
-from stable_lora_jax.optim.pairs import Labels, Pair, PyTree, StackAxes, find_pairs, is_none
+from stable_lora_jax.optim.linalg import (
+    batched_by_shape,
+    factors,
+    gram,
+    group_by_shape,
+    inverse,
+    scatter_updates,
+    times,
+)
+from stable_lora_jax.optim.pairs import Labels, Pair, PyTree, StackAxes, check_updates, find_pairs, is_none
 
 ORDERINGS = ("simultaneous", "sequential")
 
@@ -42,11 +50,11 @@ _REG = (
 
 
 class RiemannianState(NamedTuple):
-    """Adam's state: the step count, and first and second moments of the preconditioned gradients."""
+    """Adam's state: the number of updates, and the first and second moments of the preconditioned gradients."""
 
-    step: Int32[Array, ""]
-    first: PyTree
-    second: PyTree
+    count: Int32[Array, ""]
+    mu: PyTree
+    nu: PyTree
 
 
 def scale_by_riemannian(
@@ -59,8 +67,8 @@ def scale_by_riemannian(
       labels, stack_axes: which leaves are A and B, and which axes count matrices; see `find_pairs`.
 
     Raises:
-      ValueError: reg negative or not finite; in init, everything that `find_pairs` raises, and square pairs, whose rank
-        axis cannot be told; in update, params missing.
+      ValueError: reg negative or not finite; in init, everything that `find_pairs` raises, and pairs whose
+        rank axis is unknown; in update, params missing.
 
     Example:
       >>> params = {"lora_a": jnp.ones((64, 1)), "lora_b": 2 * jnp.ones((1, 16))}
@@ -78,16 +86,17 @@ def scale_by_riemannian(
         _groups(params, labels, stack_axes)
         return optax.EmptyState()
 
-    @auto_inside
+    @auto_inside(reg=reg)
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
+        updates: PyTree, state: Any, params: PyTree | None = None, *, reg: Number, **extra_args: object
     ) -> tuple[PyTree, optax.EmptyState]:
         del extra_args
-        a, b, groups = _factors(params, labels, stack_axes)
+        a, b, groups = _factors(updates, params, labels, stack_axes)
         grads, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         grad_a, grad_b = factors(groups, grads)
         scaled = _precondition(grad_a + grad_b, b + a, reg)
-        return jax.tree.unflatten(treedef, put_back(groups, scaled, grads)), state
+        values = jax.tree.leaves(params, is_leaf=is_none)
+        return jax.tree.unflatten(treedef, scatter_updates(groups, scaled, grads, values)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -132,43 +141,64 @@ def riemannian_adamw(
 
     def init(params: PyTree) -> RiemannianState:
         _groups(params, labels, stack_axes)
-        first, second = (jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p.dtype)), params) for _ in range(2))
-        return RiemannianState(jnp.zeros((), jnp.int32), first, second)
+        mu, nu = (jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p.dtype)), params) for _ in range(2))
+        return RiemannianState(jnp.zeros((), jnp.int32), mu, nu)
 
-    @auto_inside
+    @auto_inside(learning_rate=learning_rate, reg=reg, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        learning_rate: optax.ScalarOrSchedule,
+        reg: Number,
+        b1: Number,
+        b2: Number,
+        eps: Number,
+        weight_decay: Number,
+        **extra_args: object,
     ) -> tuple[PyTree, RiemannianState]:
         del extra_args
-        a, b, groups = _factors(params, labels, stack_axes)
-        step = state.step + 1
-        rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
-        grads, treedef = jax.tree.flatten(jax.tree.map(lambda g: g.astype(_wide(g.dtype)), updates), is_leaf=is_none)
+        a, b, groups = _factors(updates, params, labels, stack_axes)
+        step = state.count + 1
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        values = jax.tree.leaves(params, is_leaf=is_none)
+        given, treedef = jax.tree.flatten(updates, is_leaf=is_none)
+        mus, nus = (jax.tree.leaves(moment, is_leaf=is_none) for moment in (state.mu, state.nu))
+        grads = [None if g is None else g.astype(_wide(p.dtype)) for g, p in zip(given, values, strict=True)]
         grad_a, grad_b = factors(groups, grads)
 
-        def adamw(preconditioned: list[Array]) -> tuple[PyTree, PyTree, PyTree]:
-            """Returns (moves, first, second) of the whole tree, from the preconditioned gradients of all pairs."""
-            scaled = jax.tree.unflatten(treedef, put_back(groups, preconditioned, grads))
-            # m ← b1 m + (1 - b1) g;  v ← b2 v + (1 - b2) g²
-            first = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, scaled, state.first)
-            second = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g**2, scaled, state.second)
+        def adamw(g: Array | None, mu: Any, nu: Any, p: Any) -> tuple[Any, Any, Any]:
+            """Returns (move, mu, nu) of one leaf; one that has no gradient stays."""
+            if g is None:
+                return None, mu, nu
+            # mu ← b1 mu + (1 - b1) g;  nu ← b2 nu + (1 - b2) g²
+            mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g**2
             c1, c2 = (1 - beta**step if bias_correction else 1.0 for beta in (b1, b2))
+            # mu/c1 / (√(nu/c2) + eps), or with eps added to √nu
+            root = jnp.asarray(jnp.sqrt(c2), nu.dtype)
+            change = -rate * (root / c1) * mu / (jnp.sqrt(nu) + (eps if sequential else eps * root))
+            move = change - rate * weight_decay * (p + change if sequential else p)
+            return move.astype(g.dtype), mu.astype(g.dtype), nu.astype(g.dtype)
 
-            def move(m: Array, v: Array, p: Array) -> Array:
-                # m/c1 / (√(v/c2) + eps), or with eps added to √v
-                root = jnp.asarray(jnp.sqrt(c2), v.dtype)
-                change = -rate * (root / c1) * m / (jnp.sqrt(v) + (eps if sequential else eps * root))
-                return (change - rate * weight_decay * (p + change if sequential else p)).astype(v.dtype)
-
-            return jax.tree.map(move, first, second, params), first, second
+        def adamw_of_all(preconditioned: list[Array]) -> tuple[list[Any], list[Any], list[Any]]:
+            scaled = scatter_updates(groups, preconditioned, grads, values)
+            return tuple(map(list, zip(*map(adamw, scaled, mus, nus, values), strict=True)))
 
         scaled_a = _precondition(grad_a, b, reg)
         if sequential:  # of this first pass only the A is used
-            moved = jax.tree.map(lambda p, u: p + u, params, adamw(scaled_a + grad_b)[0])
-            a, _ = factors(groups, jax.tree.leaves(moved, is_leaf=is_none))
-        moves, first, second = adamw(scaled_a + _precondition(grad_b, a, reg))
-        moves = jax.tree.map(lambda u, g: u.astype(g.dtype), moves, updates)
-        return moves, RiemannianState(step, first, second)
+            moves, _, _ = adamw_of_all(scaled_a + grad_b)
+            a, _ = factors(groups, [p if u is None else p + u for p, u in zip(values, moves, strict=True)])
+        moves, mus, nus = adamw_of_all(scaled_a + _precondition(grad_b, a, reg))
+        dtypes = [
+            None if g is None else jnp.promote_types(g.dtype, p.dtype) for g, p in zip(given, values, strict=True)
+        ]
+        moves = [None if u is None else u.astype(dtype) for u, dtype in zip(moves, dtypes, strict=True)]
+        mu, nu = (
+            jax.tree.unflatten(jax.tree.structure(moment, is_leaf=is_none), leaves)
+            for moment, leaves in ((state.mu, mus), (state.nu, nus))
+        )
+        return jax.tree.unflatten(treedef, moves), RiemannianState(step, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -181,24 +211,25 @@ def _precondition(
     def regular_inverse(grams: Float[Array, "k r r"]) -> Float[Array, "k r r"]:
         return inverse(grams + reg * jnp.eye(grams.shape[-1], dtype=grams.dtype))
 
-    inverses = in_one_call(regular_inverse, [gram(x, x) for x in others])
+    inverses = batched_by_shape(regular_inverse, [gram(x, x) for x in others])
     return [times(g, each) for g, each in zip(grads, inverses, strict=True)]
 
 
 def _factors(
-    params: PyTree | None, labels: Labels, stack_axes: StackAxes
+    updates: PyTree, params: PyTree | None, labels: Labels, stack_axes: StackAxes
 ) -> tuple[list[Array], list[Array], list[list[Pair]]]:
     if params is None:
         raise ValueError(
             "Riemannian preconditioning got params=None. It reads A and B to scale the gradients: call "
             "tx.update(grads, opt_state, params)."
         )
+    check_updates(updates, params)
     groups = _groups(params, labels, stack_axes)
     return *factors(groups, jax.tree.leaves(params, is_leaf=is_none)), groups
 
 
 def _groups(params: PyTree, labels: Labels, stack_axes: StackAxes) -> list[list[Pair]]:
-    return alike(find_pairs(params, labels, stack_axes), jax.tree.leaves(params, is_leaf=is_none))
+    return group_by_shape(find_pairs(params, labels, stack_axes), jax.tree.leaves(params, is_leaf=is_none))
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:

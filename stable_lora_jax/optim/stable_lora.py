@@ -27,7 +27,7 @@ Deviations from the paper and the reference code:
     norms tested and reported are those of pending · A.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -35,20 +35,21 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from stable_lora_jax.optim.explicit_axes import auto_inside
+from stable_lora_jax.optim.explicit_axes import on_auto_axes
 from stable_lora_jax.optim.hyperparameters import check_range
+from stable_lora_jax.optim.layouts import other_axes
 from stable_lora_jax.optim.pairs import (
     Labels,
     Pair,
     PyTree,
     StackAxes,
-    bare,
+    check_updates,
     find_pairs,
     find_states,
     frobenius_norm,
     is_none,
     is_placeholder,
-    matrix_axes,
+    unwrap_variables,
 )
 
 Lambda: TypeAlias = float | Array | Callable[[Array], Array | float]
@@ -67,12 +68,12 @@ class StableLoraState(NamedTuple):
     """State of Stable-LoRA. Each dict is keyed by pair name; an entry has one element per matrix of a stack.
 
     Attributes:
-      step: number of updates so far.
+      count: number of updates so far.
       stable: whether the pair has met ‖A‖/n < ‖B‖/m; once true, always true.
       pending: the factor in (0, 1] still to be multiplied into A; only for adapters narrower than float32.
     """
 
-    step: Int32[Array, ""]
+    count: Int32[Array, ""]
     stable: dict[str, Bool[Array, "*stack"]]
     pending: dict[str, Float32[Array, "*stack"]]
 
@@ -124,17 +125,12 @@ def stable_lora_shrink(
     def init(params: PyTree) -> StableLoraState:
         return _init(params, labels, stack_axes)
 
-    @auto_inside
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, StableLoraState]:
         del extra_args
-        leaves, pairs = _leaves_and_pairs(params, labels, stack_axes)
-        factors, state = _advance(leaves, pairs, state, lam, stop_when_stable)
-        moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
-        for pair, factor in zip(pairs, factors, strict=True):
-            moves[pair.a] = _add_shrink(moves[pair.a], leaves[pair.a], factor, pair)
-        return jax.tree.unflatten(treedef, moves), state
+        _, factors, state = _shrink(updates, state, params, lam, labels, stack_axes, stop_when_stable)
+        return _add_shrinks(updates, params, factors, labels, stack_axes), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -177,24 +173,12 @@ def stable_lora(
     def init(params: PyTree) -> tuple[StableLoraState, optax.OptState]:
         return _init(params, labels, stack_axes), inner.init(params)
 
-    @auto_inside
     def update(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        **extra_args: object,
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, tuple[StableLoraState, optax.OptState]]:
-        leaves, pairs = _leaves_and_pairs(params, labels, stack_axes)
-        factors, shrink_state = _advance(leaves, pairs, state[0], lam, stop_when_stable)
-        shrunk, treedef = list(leaves), jax.tree.structure(params, is_leaf=is_none)
-        for pair, factor in zip(pairs, factors, strict=True):
-            a = leaves[pair.a]
-            shrunk[pair.a] = (a * _spread(factor, a, pair)).astype(a.dtype)
-        updates, inner_state = inner.update(updates, state[1], jax.tree.unflatten(treedef, shrunk), **extra_args)
-        moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
-        for pair, factor in zip(pairs, factors, strict=True):
-            moves[pair.a] = _add_shrink(moves[pair.a], leaves[pair.a], factor, pair)
-        return jax.tree.unflatten(treedef, moves), (shrink_state, inner_state)
+        shrunk, factors, shrink_state = _shrink(updates, state[0], params, lam, labels, stack_axes, stop_when_stable)
+        updates, inner_state = inner.update(updates, state[1], shrunk, **extra_args)
+        return _add_shrinks(updates, params, factors, labels, stack_axes), (shrink_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -228,8 +212,8 @@ def stability(
             "opt_state holds several StableLoraState with the same pair, so A would shrink twice. Apply Stable-LoRA to "
             "each pair once."
         )
-    flags = {name: flag for state in states for name, flag in bare(state.stable).items()}
-    pending = {name: factor for state in states for name, factor in bare(state.pending).items()}
+    flags = {name: flag for state in states for name, flag in unwrap_variables(state.stable).items()}
+    pending = {name: factor for state in states for name, factor in unwrap_variables(state.pending).items()}
     leaves, pairs = jax.tree.leaves(params, is_leaf=is_none), find_pairs(params, labels, stack_axes)
     if missing := flags.keys() - (held := {pair.name for pair in pairs}):
         raise ValueError(
@@ -239,44 +223,87 @@ def stability(
     report = {}
     for pair in pairs:
         if pair.name in flags:
-            norm_a, norm_b = _norms(leaves, pair, pending.get(pair.name))
+            norm_a, norm_b = _norms(leaves[pair.a], leaves[pair.b], pair, pending.get(pair.name))
             gap = jnp.where(norm_a == 0, 0, norm_a / (norm_b * pair.fan_ratio))
             report[pair.name] = PairStability(norm_a, norm_b, gap, flags[pair.name])
     return report
 
 
 def _init(params: PyTree, labels: Labels, stack_axes: StackAxes) -> StableLoraState:
-    step = jnp.zeros((), jnp.int32)
+    count = jnp.zeros((), jnp.int32)
     if is_placeholder(params):
-        leaf: Any = step
-        return StableLoraState(step, leaf, leaf)
+        leaf: Any = count
+        return StableLoraState(count, leaf, leaf)
     leaves, pairs = jax.tree.leaves(params, is_leaf=is_none), find_pairs(params, labels, stack_axes)
     shapes = {pair.name: tuple(leaves[pair.a].shape[axis] for axis in pair.stack_axes) for pair in pairs}
     return StableLoraState(
-        step=step,
+        count=count,
         stable={name: jnp.zeros(shape, jnp.bool_) for name, shape in shapes.items()},
         pending={p.name: jnp.ones(shapes[p.name], jnp.float32) for p in pairs if _is_narrow(leaves[p.a].dtype)},
     )
 
 
-def _leaves_and_pairs(params: PyTree | None, labels: Labels, stack_axes: StackAxes) -> tuple[list[Array], list[Pair]]:
+def _shrink(
+    updates: PyTree,
+    state: StableLoraState,
+    params: PyTree | None,
+    lam: Lambda,
+    labels: Labels,
+    stack_axes: StackAxes,
+    stop_when_stable: bool,
+) -> tuple[PyTree, dict[str, Array], StableLoraState]:
+    """Returns the parameters with every A shrunk for this step, the factors by pair name, and the new state."""
     if params is None:
         raise ValueError(
             "Stable-LoRA got params=None. It reads A and B to decide whether to shrink: call "
             "tx.update(grads, opt_state, params)."
         )
-    return jax.tree.leaves(params, is_leaf=is_none), list(find_pairs(params, labels, stack_axes))
+    check_updates(updates, params)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
+    pairs = find_pairs(params, labels, stack_axes)
+    of_pairs = {index: leaves[index] for pair in pairs for index in (pair.a, pair.b)}
+
+    def shrink(
+        leaves: dict[int, Array], state: StableLoraState, lam: Lambda
+    ) -> tuple[dict[int, Array], dict[str, Array], StableLoraState]:
+        factors, state = _advance(leaves, pairs, state, lam, stop_when_stable)
+        shrunk = {
+            pair.a: (leaves[pair.a] * _spread(factors[pair.name], leaves[pair.a], pair)).astype(leaves[pair.a].dtype)
+            for pair in pairs
+        }
+        return shrunk, factors, state
+
+    like = {pair.a: leaves[pair.a] for pair in pairs}, state.stable, state
+    shrunk, factors, state = on_auto_axes(shrink, like, of_pairs, state, lam)
+    return jax.tree.unflatten(treedef, [shrunk.get(i, leaf) for i, leaf in enumerate(leaves)]), factors, state
+
+
+def _add_shrinks(
+    updates: PyTree, params: PyTree, factors: dict[str, Array], labels: Labels, stack_axes: StackAxes
+) -> PyTree:
+    """Returns the updates with (factor - 1) A added to those of every A; the same bits where the factor is 1."""
+    moves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
+    leaves, pairs = jax.tree.leaves(params, is_leaf=is_none), find_pairs(params, labels, stack_axes)
+
+    def add(moves: dict[str, Array], matrices: dict[str, Array], factors: dict[str, Array]) -> dict[str, Array]:
+        return {pair.name: _add(moves[pair.name], matrices[pair.name], factors[pair.name], pair) for pair in pairs}
+
+    of_a = {pair.name: moves[pair.a] for pair in pairs}
+    added = on_auto_axes(add, of_a, of_a, {pair.name: leaves[pair.a] for pair in pairs}, factors)
+    for pair in pairs:
+        moves[pair.a] = added[pair.name]
+    return jax.tree.unflatten(treedef, moves)
 
 
 def _advance(
-    leaves: Sequence[Array], pairs: Sequence[Pair], state: StableLoraState, lam: Lambda, stop_when_stable: bool
-) -> tuple[list[Array], StableLoraState]:
-    """Returns the factor that each stored A is multiplied by in this step, and the state after it."""
-    rate = lam(state.step) if callable(lam) else lam
-    factors, stable, pending = [], {}, {}
+    leaves: Mapping[int, Array], pairs: Sequence[Pair], state: StableLoraState, lam: Lambda, stop_when_stable: bool
+) -> tuple[dict[str, Array], StableLoraState]:
+    """Returns the factor that each stored A is multiplied by in this step, by pair name, and the state after it."""
+    rate = lam(state.count) if callable(lam) else lam
+    factors, stable, pending = {}, {}, {}
     for pair in pairs:
         behind = state.pending.get(pair.name)
-        norm_a, norm_b = _norms(leaves, pair, behind)
+        norm_a, norm_b = _norms(leaves[pair.a], leaves[pair.b], pair, behind)
         # 1 - λ in the norms' width: in bfloat16, where inject_hyperparams may bring λ, it would be 1.
         keep = 1 - jnp.asarray(rate, norm_a.dtype)
         # stable once ‖A‖/n < ‖B‖/m
@@ -289,25 +316,25 @@ def _advance(
             due = stop | (behind <= _APPLY_PENDING_AT)
             factor = jnp.where(due, behind, 1.0)
             pending[pair.name] = jnp.where(due, 1.0, behind)
-        factors.append(factor)
-    return factors, StableLoraState(state.step + 1, stable, pending)
+        factors[pair.name] = factor
+    return factors, StableLoraState(state.count + 1, stable, pending)
 
 
-def _norms(leaves: Sequence[Array], pair: Pair, pending: Array | None) -> tuple[Array, Array]:
-    """Returns (‖A‖, ‖B‖) as they are meant: with the shrinks that A still waits for."""
-    norm_a, norm_b = (frobenius_norm(leaves[index], pair.stack_axes) for index in (pair.a, pair.b))
-    return norm_a if pending is None else norm_a * pending, norm_b
+def _norms(a: Array, b: Array, pair: Pair, pending: Array | None) -> tuple[Array, Array]:
+    """Returns ‖A‖ with the shrinks still to be applied to it, and ‖B‖, the same for all A that share a B."""
+    norm_a, norm_b = frobenius_norm(a, pair.stack_axes), frobenius_norm(b, pair.stack_axes_b)
+    return norm_a if pending is None else norm_a * pending, jnp.broadcast_to(norm_b, norm_a.shape)
 
 
-def _add_shrink(move: Array, a: Array, factor: Array, pair: Pair) -> Array:
-    """Returns the update of A with (factor - 1) A added; the same bits where the factor is 1."""
+def _add(move: Array, a: Array, factor: Array, pair: Pair) -> Array:
     factor = _spread(factor, a, pair)
-    return jnp.where(factor == 1, move, (move + (factor - 1) * a).astype(move.dtype))
+    dtype = jnp.promote_types(move.dtype, a.dtype)
+    return jnp.where(factor == 1, move.astype(dtype), (move + (factor - 1) * a).astype(dtype))
 
 
 def _spread(factor: Array, a: Array, pair: Pair) -> Array:
     """Returns one factor per matrix as an array that multiplies A, whatever its stack axes."""
-    return jnp.expand_dims(factor, matrix_axes(a.ndim, pair.stack_axes))
+    return jnp.expand_dims(factor, other_axes(a.ndim, pair.stack_axes))
 
 
 def _is_narrow(dtype: jnp.dtype) -> bool:

@@ -30,7 +30,7 @@ def update_terms(
 ) -> dict[str, UpdateTerms]:
     """Returns pair name -> `UpdateTerms` of the step between two states of the parameters. Jittable.
 
-    Pairs of square A and B, whose rank axis cannot be told, are left out.
+    Pairs whose rank axis is unknown are left out (see `layouts`); matrices A that share a B count as one.
 
     Args:
       before: the parameters before the step.
@@ -50,11 +50,21 @@ def update_terms(
             continue
         (a,), (b,) = factors([[pair]], old)
         (new_a,), (new_b,) = factors([[pair]], new)
-        stack = [old[pair.a].shape[axis] for axis in pair.stack_axes]
+        stack = [old[pair.a].shape[axis] for axis in pair.stack_axes_b]
 
-        def norm(x: Array, y: Array, stack: list[int] = stack) -> Array:
-            square = jnp.sum(gram(x, x) * gram(y, y), axis=(-2, -1))
-            return jnp.sqrt(jnp.maximum(square, 0)).reshape(stack)
-
-        terms[pair.name] = UpdateTerms(norm(a, new_b - b), norm(new_a - a, b), norm(new_a - a, new_b - b))
+        terms[pair.name] = UpdateTerms(
+            *(
+                jnp.sqrt(jnp.maximum(square.sum() if pair.groups > 1 else square.reshape(stack), 0))
+                for square in (
+                    _squared_norm(a, new_b - b),
+                    _squared_norm(new_a - a, b),
+                    _squared_norm(new_a - a, new_b - b),
+                )
+            )
+        )
     return terms
+
+
+def _squared_norm(x: Float[Array, "k r n"], y: Float[Array, "k r m"]) -> Float[Array, "k"]:
+    """Returns ‖X Yᵀ‖² of every matrix."""
+    return jnp.sum(gram(x, x) * gram(y, y), axis=(-2, -1))

@@ -22,6 +22,13 @@ class Layer:
     lora_b: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Linear:
+    weight: jax.Array
+    bias: jax.Array | None
+
+
 def names(tree, **kwargs):
     return [pair.name for pair in find_pairs(tree, **kwargs)]
 
@@ -42,10 +49,47 @@ def names(tree, **kwargs):
         ({"q": {"lora_a": A, "lora_b": B}, "v": {"lora_a": HOLE, "lora_b": HOLE}}, ["q/lora"]),
         ({"q": {"lora_a": A, "lora_b": B, "kernel": None}}, ["q/lora"]),
         ({"lora_alpha": A, "lora_a": A, "lora_b": B}, ["lora"]),
+        ({"q": {"w": A, "lora": {"a": A, "b": B}}}, ["q/lora"]),  # google/gemma
+        ({"u.lora_down.weight": A.T, "u.lora_up.weight": B.T, "u.alpha": A[0, 0]}, ["u.lora.weight"]),  # kohya
+        ({("q", "lora_a"): A, ("q", "lora_b"): B, ("q", "kernel"): A}, ["q/lora"]),  # flatten_dict
+        ({"q": {"lora_A": A, "lora_B": B, "lora_scaling": A[0], "lora_ranks": A[0]}}, ["q/lora"]),  # SkyRL
+        ({"q": {"lora_a.kernel": A, "lora_b.kernel": B}}, ["q/lora.kernel"]),  # MaxText
+        (
+            {"mlp": {"gating_einsum": A, "gating_einsum_lora_a": A[None], "gating_einsum_lora_b": B[None]}},
+            ["mlp/gating_einsum_lora"],  # openpi
+        ),
+        ({"lora": {"lora_A": Linear(A.T, None), "lora_B": Linear(B.T, None)}}, ["lora/lora/weight"]),  # levanter
+        ({"lora_A.weight": A.T, "lora_B.weight": B.T, "lora_B.bias": B[0]}, ["lora.weight"]),  # PEFT's lora_bias
     ],
 )  # fmt: skip
 def test_pairs_are_found_by_name_in_any_container(tree, expected):
     assert names(tree) == expected
+
+
+@pytest.mark.parametrize("layers", [5, 4])  # 4 is the rank too
+def test_a_bias_beside_a_stacked_kernel_is_in_no_pair(layers):
+    shapes = {"lora_a": {"kernel": (32, 4), "bias": (4,)}, "lora_b": {"kernel": (4, 16), "bias": (16,)}}
+    params = {side: {name: jnp.ones((layers, *shape)) for name, shape in each.items()} for side, each in shapes.items()}
+    (pair,) = find_pairs(params, stack_axes=(0,))
+    assert (pair.name, pair.fan_ratio) == ("lora/kernel", 2.0)
+
+
+def test_layers_of_known_projects_are_read_as_they_are_meant():
+    def read(a, b, **options):
+        (pair,) = find_pairs({"lora_a": jnp.ones(a), "lora_b": jnp.ones(b)}, **options)
+        return pair.stack_axes, pair.rank_axes, pair.fan_ratio
+
+    # openpi: eighteen scanned layers of eight heads, which have an A and a B each
+    assert read((18, 8, 64, 16), (18, 8, 16, 32)) == ((0, 1), (3, 2), 2.0)
+    # MaxText: layers along axis 1; queries, and the projection back from the heads
+    assert read((64, 3, 4), (4, 3, 2, 8), stack_axes=(1,)) == ((1,), (2, 0), 4.0)
+    assert read((2, 3, 8, 4), (4, 3, 64), stack_axes=(1,)) == ((1,), (3, 0), 0.25)
+    with pytest.raises(ValueError, match=r"ambiguous: A \(64, 3, 4\) and B \(4, 3, 2, 8\)"):
+        read((64, 3, 4), (4, 3, 2, 8))
+    # levanter: torch's orientation, layers first, and several axes of heads
+    levanter = {"lora_A": {"weight": jnp.ones((3, 4, 64))}, "lora_B": {"weight": jnp.ones((3, 2, 5, 8, 4))}}
+    (pair,) = find_pairs(levanter)
+    assert (pair.stack_axes, pair.rank_axes, pair.fan_ratio) == ((0,), (1, 4), 64 / 80)
 
 
 def test_a_variable_and_its_bare_array_have_the_same_name():
