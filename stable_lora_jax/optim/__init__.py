@@ -15,13 +15,8 @@ from stable_lora_jax.optim.lora_rite import (
 )
 from stable_lora_jax.optim.pairs import Pair, PairSpec, find_pairs, lora_labels
 from stable_lora_jax.optim.riemannian import RiemannianState, riemannian_adamw, scale_by_riemannian
-from stable_lora_jax.optim.stable_lora import (
-    PairStability,
-    StableLoraState,
-    stability,
-    stable_lora,
-    stable_lora_shrink,
-)
+from stable_lora_jax.optim.stability import PairStability, reset_stability, stability
+from stable_lora_jax.optim.stable_lora import StableLoraState, stable_lora, stable_lora_shrink
 from stable_lora_jax.optim.terms import UpdateTerms, update_terms
 
 __all__ = [
@@ -38,6 +33,7 @@ __all__ = [
     "lora_plus",
     "lora_rite",
     "lora_rite_report",
+    "reset_stability",
     "riemannian_adamw",
     "scale_by_lora_rite",
     "scale_by_riemannian",

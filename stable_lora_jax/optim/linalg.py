@@ -31,7 +31,7 @@ from stable_lora_jax.optim.pairs import Pair
 # What has a shape and a dtype; nothing else is read to find out how leaves are grouped.
 Leaf: TypeAlias = Array | jax.ShapeDtypeStruct
 # The leaves of a tree, of which only those of pairs are read: others may be anything.
-Leaves: TypeAlias = Sequence[Any] | Mapping[int, Leaf]
+Leaves: TypeAlias = Sequence[Any] | Mapping[int, Any]
 
 # Up to this many columns, loops over them are unrolled, which lets the compiler fuse their steps.
 _SMALL = 16

@@ -243,8 +243,8 @@ def _match(paths: Sequence[Path], labels: Sequence[str]) -> list[tuple[str, int,
     for side, indices in sides.items():
         for index in indices:
             name = parse_name(paths[index])
-            agrees = name is not None and name.side == side
-            group = by_name.setdefault(name.pair, {LORA_A: [], LORA_B: []}) if agrees else unnamed
+            known = name is not None and name.side == side
+            group = by_name.setdefault(name.pair, {LORA_A: [], LORA_B: []}) if name and known else unnamed
             group[side].append(index)
     whole = {name: group for name, group in by_name.items() if len(group[LORA_A]) == len(group[LORA_B]) == 1}
     pairs = [(name, group[LORA_A][0], group[LORA_B][0]) for name, group in whole.items()]

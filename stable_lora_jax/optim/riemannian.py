@@ -161,7 +161,7 @@ def riemannian_adamw(
         del extra_args
         a, b, groups = _factors(updates, params, labels, stack_axes)
         step = state.count + 1
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate)
         values = jax.tree.leaves(params, is_leaf=is_none)
         given, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         mus, nus = (jax.tree.leaves(moment, is_leaf=is_none) for moment in (state.mu, state.nu))
@@ -183,7 +183,8 @@ def riemannian_adamw(
 
         def adamw_of_all(preconditioned: list[Array]) -> tuple[list[Any], list[Any], list[Any]]:
             scaled = scatter_updates(groups, preconditioned, grads, values)
-            return tuple(map(list, zip(*map(adamw, scaled, mus, nus, values), strict=True)))
+            moves, new_mus, new_nus = zip(*map(adamw, scaled, mus, nus, values), strict=True)
+            return list(moves), list(new_mus), list(new_nus)
 
         scaled_a = _precondition(grad_a, b, reg)
         if sequential:  # of this first pass only the A is used
