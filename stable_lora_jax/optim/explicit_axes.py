@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stable_lora_jax.optim.pairs import PyTree
@@ -76,7 +77,7 @@ def _context(mesh: AbstractMesh, arrays: dict[int, Any]) -> contextlib.AbstractC
     """Returns a context in which `mesh` is set, for callers that have not set it."""
     if not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
-    of_arrays = (getattr(leaf, "sharding", None) for leaf in arrays.values() if not isinstance(leaf, jax.core.Tracer))
+    of_arrays = (getattr(leaf, "sharding", None) for leaf in arrays.values() if not isinstance(leaf, Tracer))
     concrete = [each.mesh for each in of_arrays if isinstance(each, NamedSharding) and isinstance(each.mesh, Mesh)]
     try:
         return jax.set_mesh(concrete[0]) if concrete else jax.sharding.use_abstract_mesh(mesh)

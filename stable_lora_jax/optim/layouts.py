@@ -170,7 +170,7 @@ def _all_readings(a: Shape, b: Shape, orientation: Orientation | None) -> list[R
 
 def _read_matrix(a: Shape, b: Shape, stack_axes: tuple[int, ...], grouped: bool) -> list[Reading]:
     """Returns the readings of A and B without their stack axes, at most one for each orientation."""
-    rest_a, rest_b = other_axes(len(a), stack_axes), other_axes(len(b), stack_axes)
+    rest_a, rest_b = list(other_axes(len(a), stack_axes)), list(other_axes(len(b), stack_axes))
     kernel = len(rest_b) > 2
     candidates: list[tuple[Orientation, int, int]] = [
         ("flax", rest_a[-1], rest_b[0]),

@@ -14,7 +14,7 @@ from stable_lora_jax import (
     stable_lora,
     stable_lora_shrink,
 )
-from tests.optim.test_stable_lora import pair, tree
+from tests.optim.test_stable_lora import LAM, pair, tree
 
 
 def test_stability_reports_norms_and_gap():
