@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from stable_lora_jax.cli.adapters import base_of, load_with_adapter, quantization, record_of
-from stable_lora_jax.data import load_tokenizer
+from stable_lora_jax.data import has_chat_template, load_tokenizer, render_chat
 from stable_lora_jax.models import stream
 
 
@@ -25,6 +25,8 @@ class GenerateConfig:
     form: Literal["chat", "raw"] | None = None
     """chat (said through the tokenizer's chat template) or raw (continued as it stands). If not given: raw for the
     adapter of a run, as runs train on plain text; else chat where the tokenizer has a template."""
+    template: str | None = None
+    """Which chat template, where the tokenizer has several; the one called default if not given."""
     max_new_tokens: int = 64
     """Stop after this many tokens, or at the end-of-sequence token."""
     temperature: float = 0.0
@@ -43,15 +45,14 @@ def generate_command(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(base)
     model = load_with_adapter(base, config.adapter, config.dtype, quantize)
     end = tokenizer.eos_token_id
-    chat = tokenizer.chat_template is not None and not record_of(config.adapter)
-    if config.form == "raw" or (config.form is None and not chat):
+    chat = has_chat_template(tokenizer) and not record_of(config.adapter)
+    if config.template is not None and config.form == "raw":
+        raise ValueError("template names a chat template, and form='raw' uses none. Leave one of them out.")
+    if config.form == "raw" or (config.form is None and config.template is None and not chat):
         print(config.prompt, end="", flush=True)
         prompt = tokenizer.encode(config.prompt)
-    elif tokenizer.chat_template is None:
-        raise ValueError(f"form='chat' needs a chat template, and the tokenizer of {base} has none. Leave it out.")
     else:
-        said = [{"role": "user", "content": config.prompt}]
-        text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        text = render_chat(tokenizer, [{"role": "user", "content": config.prompt}], template=config.template)
         prompt = tokenizer.encode(text, add_special_tokens=False)
     tokens = stream(
         *(model, prompt),

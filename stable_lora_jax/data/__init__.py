@@ -12,16 +12,10 @@ from stable_lora_jax.data.batches import (
     pad_batch,
     prefetch,
 )
+from stable_lora_jax.data.chat import ChatTemplateError, has_chat_template, render_chat
+from stable_lora_jax.data.encoding import Encoded, check_fits, digest, encode_all, right_branch_only
 from stable_lora_jax.data.jsonl import Completion, load_jsonl
-from stable_lora_jax.data.prompts import (
-    PROMPT_FORMATS,
-    Encoded,
-    check_fits,
-    digest,
-    encode_all,
-    format_question,
-    right_branch_only,
-)
+from stable_lora_jax.data.prompts import PROMPT_FORMATS, format_question
 from stable_lora_jax.data.tasks import TASKS, Question, hold_out, load_task
 from stable_lora_jax.data.tokenizer import SMOLLM2, load_tokenizer
 
@@ -32,6 +26,7 @@ __all__ = [
     "Batch",
     "BatchRows",
     "BatchesByStep",
+    "ChatTemplateError",
     "Completion",
     "Encoded",
     "Question",
@@ -43,6 +38,7 @@ __all__ = [
     "encode_all",
     "eval_batches",
     "format_question",
+    "has_chat_template",
     "hold_out",
     "load_jsonl",
     "load_task",
@@ -51,6 +47,7 @@ __all__ = [
     "pad_batch",
     "prefetch",
     "qa_wheel",
+    "render_chat",
     "right_branch_only",
     "smollm2_gguf",
 ]

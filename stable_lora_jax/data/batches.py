@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from stable_lora_jax.data.prompts import Encoded
+from stable_lora_jax.data.encoding import Encoded
 
 _CHUNK_BATCHES = 32
 

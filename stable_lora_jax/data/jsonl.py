@@ -13,10 +13,17 @@ from stable_lora_jax.data.tasks import Question
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A prompt and the text to learn after it. Both are used as they are: no space is added or removed."""
+    """A prompt and the text to learn after it. Both are used as they are: no space is added or removed.
+
+    Args:
+        prompt: what comes before.
+        completion: what is learnt.
+        id: what messages call it; the line number of a file.
+    """
 
     prompt: str
     completion: str
+    id: str = dataclasses.field(default="", compare=False)
 
 
 _FIELDS = {
@@ -65,8 +72,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _parse(line: bytes, number: int) -> Question | Completion:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line, object_pairs_hook=_without_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"invalid JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, not an object")
@@ -74,10 +81,18 @@ def _parse(line: bytes, number: int) -> Question | Completion:
     kind = Question if record.keys() & _FIELDS[Question] else Completion
     _check_fields(record, _FIELDS[kind])
     if kind is Completion:
-        return Completion(**record)
+        return Completion(**record, id=str(number))
     _check_choices(record["choices"], record["answer_index"])
     choices = tuple(choice.strip() for choice in record["choices"])
     return Question(str(number), record["question"].strip(), choices, record["answer_index"])
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object; Python's reader would keep the last of two fields of one name."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"field {', '.join(twice)} stands there more than once")
+    return dict(pairs)
 
 
 def _check_fields(record: dict[str, Any], fields: dict[str, type]) -> None:
@@ -100,5 +115,8 @@ def _check_choices(choices: list[Any], answer: int) -> None:
     for index, choice in enumerate(choices):
         if not isinstance(choice, str) or not choice.strip():
             raise ValueError(f"choice {index} is {choice!r}, not a text")
+    same = [choice.strip() for choice in choices]
+    if twice := next((index for index, choice in enumerate(same) if choice in same[:index]), 0):
+        raise ValueError(f"choices {same.index(same[twice])} and {twice} are the same text {same[twice]!r}")
     if not 0 <= answer < len(choices):
         raise ValueError(f"answer_index is {answer}, but the choices are 0 to {len(choices) - 1}")

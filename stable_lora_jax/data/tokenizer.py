@@ -59,8 +59,14 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        # Code that comes with a tokenizer is never run: without this, transformers asks on the terminal.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer {name!r} comes with Python code of its own, which is not run here. Save it once as a "
+                "fast tokenizer (tokenizer.json) in an environment that you trust it in, and give that folder."
+            ) from error
         raise OSError(
             f"no tokenizer {name!r}: {str(error).strip().splitlines()[0]} Allowed are a folder with tokenizer files, "
             f"a hub name, a .gguf file, or {SMOLLM2!r}. Check the spelling; offline, use {SMOLLM2!r} or a folder."

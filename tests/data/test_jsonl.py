@@ -42,6 +42,9 @@ BAD = {
     '{"question": "q", "choices": ["a", null], "answer_index": 0}': "choice 1 is None, not a text",
     '{"question": " ", "choices": ["a", "b"], "answer_index": 0}': "question is empty",
     '{"prompt": "p", "completion": ""}': "completion is empty",
+    '{"prompt": "p", "completion": "c", "prompt": "q"}': "field prompt stands there more than once",
+    '{"question": "q", "choices": ["a", "b", " a"], "answer_index": 0}': "choices 0 and 2 are the same text 'a'",
+    "[" * 100_000: "invalid JSON (",
     '{"prompt": "p", "completion": "\\ud800"}': "'utf-8' codec can't encode character",
     COMPLETION: "a completion, but the lines before hold another kind",
 }

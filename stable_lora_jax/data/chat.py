@@ -1,0 +1,76 @@
+"""Conversations as text, by the chat template that a tokenizer comes with.
+
+A template is a small program from outside. Whatever it does wrong ends in one message that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ChatTemplateError(ValueError):
+    """A tokenizer has no such chat template, or the template fails."""
+
+
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer comes with a chat template."""
+    return bool(tokenizer.chat_template)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Returns the conversation as the text that the model was trained on, special tokens included.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        messages: `{"role": ..., "content": ...}` each.
+        template: which of several named templates; None takes the only one, or the one called "default".
+        add_generation_prompt: whether the text ends where the assistant begins to speak.
+
+    Raises:
+        ChatTemplateError: no template, none of that name, several and none chosen, or one that fails or gives no text.
+    """
+    source = _chosen(tokenizer, template)
+    called = f"the chat template{f' {template!r}' if template else ''} of {tokenizer.name_or_path or 'the tokenizer'}"
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:  # a template may raise anything
+        raise ChatTemplateError(
+            f"{called} fails: {type(error).__name__}: {str(error).strip() or 'no reason given'}. Correct the template, "
+            "or give the text as it should be instead of a conversation."
+        ) from error
+    if not isinstance(text, str) or not text.strip():
+        raise ChatTemplateError(
+            f"{called} gives {text!r} instead of a text. Correct the template, or give the text as it should be "
+            "instead of a conversation."
+        )
+    return text
+
+
+def _chosen(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    templates = tokenizer.chat_template
+    if not templates:
+        raise ChatTemplateError(
+            f"the tokenizer {tokenizer.name_or_path or ''} has no chat template. Give the text as it should be instead "
+            "of a conversation."
+        )
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    name = template or ("default" if "default" in named else None)
+    if name not in named:
+        asked = f"no chat template {template!r}" if template else "several chat templates and none is called 'default'"
+        raise ChatTemplateError(f"the tokenizer has {asked}; it has {', '.join(map(repr, named))}. Name one of these.")
+    return named[name]
