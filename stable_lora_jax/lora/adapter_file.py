@@ -88,8 +88,18 @@ def read_adapter_spec(path: str | Path) -> AdapterSpec:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); it may be truncated.") from error
     if metadata is None:
         raise ValueError(f"{path} is a safetensors file, but not an adapter that save_adapter wrote.")
-    fields = json.loads(metadata)
-    return AdapterSpec(**fields | {"targets": tuple(fields["targets"])})
+    try:
+        fields = dict(json.loads(metadata))
+        spec = AdapterSpec(**fields | {"targets": tuple(fields["targets"])})
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} has a header that save_adapter did not write ({type(error).__name__}: {error}). Copy it again."
+        ) from error
+    kinds = {"base": str, "rank": int, "alpha": int | float, "use_rslora": bool}
+    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(spec, name), kind)]
+    if wrong or not all(isinstance(target, str) for target in spec.targets) or spec.rank < 1:
+        raise ValueError(f"{path} has a header that save_adapter did not write: {fields}. Copy it again.")
+    return spec
 
 
 def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
@@ -125,6 +135,11 @@ def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
             raise ValueError(
                 f"{key} has shape {tensors[key].shape} in {path}, but {slot.shape} in the model: the adapter was "
                 "trained on a base model of another size."
+            )
+        if not np.isfinite(tensors[key].astype(np.float32)).all():
+            raise ValueError(
+                f"{key} holds NaN or infinity in {path}. The training that wrote it has failed: go back to an earlier "
+                "checkpoint of it."
             )
     for key, slot in slots.items():
         slot[...] = jnp.asarray(tensors[key], slot.dtype)

@@ -119,7 +119,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     # A file names one layer by its number; what is stacked over several axes has no names there.
     linears = {path: linear for path, linear in linear_modules(model).items() if linear.kernel.ndim <= 3}
     slots = {path: [module_name(path, i) for i in _layers(linear)] for path, linear in linears.items()}
-    wanted = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] or key for key in tensors}
+    wanted = {key.rpartition(".lora_")[0] or key for key in tensors}
     targets = [path for path, names in slots.items() if wanted.issuperset(names)]
     known = {name for path in targets for name in slots[path]}
     if not tensors or wanted - known:
@@ -131,7 +131,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         )
     # Shapes first: nothing changes before everything fits.
     stacks = {path: _stack(directory, path, linears[path], slots[path], tensors, config["r"]) for path in targets}
-    dtype = jnp.result_type(*(a.dtype for a, _ in stacks.values()))
+    dtype = jnp.result_type(*(matrix.dtype for pair in stacks.values() for matrix in pair))  # the widest of all
     inject_lora(
         *(model, config["r"], config["lora_alpha"], targets),
         rngs=nnx.Rngs(0),
@@ -177,17 +177,48 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{directory} uses {told}. Only plain LoRA of one rank and alpha can be loaded.")
     if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
         raise ValueError(f"{directory / CONFIG} lacks {' and '.join(missing)}. Add them as they were in training.")
-    return config, tensors
+    for name, kinds, kind in (("r", (int,), "integer"), ("lora_alpha", (int, float), "number")):
+        value = config[name]
+        if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+            raise ValueError(
+                f"{directory / CONFIG} says {name}={value!r}. It must be a positive {kind}, written without quotes. "
+                "Correct it as it was in training."
+            )
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise ValueError(f"{directory / CONFIG} says use_rslora={config['use_rslora']!r}. It must be true or false.")
+    return config, _plain_names(directory, tensors)
+
+
+def _plain_names(directory: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tensors without the prefix and the adapter's name that PEFT's keys have in some versions."""
+    plain: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.").replace(".default.weight", ".weight")
+        if name in plain:
+            raise ValueError(f"{directory} holds the tensor {name} twice, once as {key}. Keep one of them.")
+        if not np.issubdtype(tensor.dtype, np.floating) and not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"{directory}: the tensor {key} is {tensor.dtype}. Adapters are floating numbers.")
+        if not jnp.isfinite(tensor).all():
+            raise ValueError(
+                f"{directory}: the tensor {key} holds NaN or infinity. The training that wrote it has failed: give an "
+                "earlier checkpoint, or copy the file again."
+            )
+        plain[name] = tensor
+    return plain
 
 
 def _stack(
     directory: str | Path, path: str, linear: nnx.Linear, names: list[str], tensors: dict[str, Any], rank: int
 ) -> tuple[Any, Any]:
     """Returns A and B of one of our layers, checked against its kernel."""
-    a, b = (
-        np.stack([np.swapaxes(_tensor(directory, tensors, f"{name}.lora_{side}.weight"), 0, 1) for name in names])
-        for side in "AB"
-    )
+    stored = {side: [_tensor(directory, tensors, f"{name}.lora_{side}.weight") for name in names] for side in "AB"}
+    for side, matrices in stored.items():
+        if shapes := {matrix.shape for matrix in matrices if matrix.ndim != 2 or matrix.shape != matrices[0].shape}:
+            raise ValueError(
+                f"{path}: {directory} has lora_{side} of the shapes {sorted({matrices[0].shape, *shapes})}. All layers "
+                "of a kind need matrices of one shape."
+            )
+    a, b = (np.stack([matrix.T for matrix in stored[side]]) for side in "AB")
     if linear.kernel.ndim == 2:
         a, b = a[0], b[0]
     *stack, fan_in, fan_out = linear.kernel.shape
@@ -201,7 +232,6 @@ def _stack(
 
 
 def _tensor(directory: str | Path, tensors: dict[str, Any], name: str) -> np.ndarray:
-    key = f"base_model.model.{name}"
-    if key not in tensors:
-        raise ValueError(f"{directory} lacks the tensor {key}. The file is not complete.")
-    return np.asarray(tensors[key])
+    if name not in tensors:
+        raise ValueError(f"{directory} lacks the tensor {name}. The file is not complete.")
+    return np.asarray(tensors[name])

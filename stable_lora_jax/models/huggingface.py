@@ -1,5 +1,6 @@
 """Opens and writes a Hugging Face directory: config.json and safetensors files, one or sharded."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from stable_lora_jax.models.checkpoint import Checkpoint
-from stable_lora_jax.models.config import config_from_hf, config_to_hf
 from stable_lora_jax.models.decoder import Decoder
+from stable_lora_jax.models.hf_config import config_from_hf, config_to_hf
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -24,6 +26,7 @@ class _Tensor(NamedTuple):
     """Where a tensor lies, and what it is."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -37,15 +40,21 @@ def open_huggingface(directory: Path) -> Checkpoint:
     """
     config = config_from_hf(read_json(directory / "config.json"))
     tensors = {name: tensor for file in _weight_files(directory) for name, tensor in _read_header(file).items()}
+    if config.tie_embeddings and _HEAD in tensors:
+        # As in transformers: what the file holds counts, and whichever of the two it lacks is tied to the other.
+        if _EMBEDDING not in tensors:
+            tensors[_EMBEDDING] = tensors[_HEAD]
+        elif not np.array_equal(_read_tensor(tensors[_HEAD]), _read_tensor(tensors[_EMBEDDING])):
+            config = dataclasses.replace(config, tie_embeddings=False)
 
     def harmless(name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)
+        return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_embeddings)
 
     return Checkpoint(
         config=config,
         shapes={name: tensor.shape for name, tensor in tensors.items() if not harmless(name)},
         tensor_name=_tensor_name,
-        read=lambda name: _read_tensor(name, tensors[name]),
+        read=lambda name: _read_tensor(tensors[name]),
     )
 
 
@@ -125,16 +134,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    if (directory / _INDEX).is_file():
+    # A single file goes before an index, which may be left over from a version in shards.
+    if not (directory / _SINGLE).is_file() and (directory / _INDEX).is_file():
         shards = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(shards, dict):
             raise ValueError(
                 f"{directory / _INDEX} has no weight_map; it says which file holds which tensor; download or save it "
                 "again."
             )
-        names = sorted(set(shards.values()))
+        names = sorted({str(name) for name in shards.values()})
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{directory / _INDEX} names {outside}; only files beside it are read; correct it.")
     else:
-        names = ["model.safetensors"]
+        names = [_SINGLE]
     for name in names:
         if not (directory / name).is_file():
             raise FileNotFoundError(
@@ -148,17 +160,19 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
     try:
         with safe_open(file, framework="numpy") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
-            return {name: _Tensor(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+            return {
+                name: _Tensor(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}; download or save it again.") from error
 
 
-def _read_tensor(name: str, tensor: _Tensor) -> np.ndarray:
+def _read_tensor(tensor: _Tensor) -> np.ndarray:
     if tensor.dtype not in _DTYPES:
         raise ValueError(
-            f"{tensor.file.name}: tensor {name} has type {tensor.dtype}; allowed are {', '.join(_DTYPES)}; "
+            f"{tensor.file.name}: tensor {tensor.name} has type {tensor.dtype}; allowed are {', '.join(_DTYPES)}; "
             "save the model unquantised in one of these."
         )
     # Opened anew for every tensor: what one handle has mapped stays in memory as long as it is open.
     with safe_open(tensor.file, framework="numpy") as opened:
-        return opened.get_tensor(name)
+        return opened.get_tensor(tensor.name)

@@ -85,6 +85,24 @@ def test_files_that_are_no_adapters(tmp_path):
         load_adapter(tmp_path / "emptied", model, "tiny")
 
 
+@pytest.mark.parametrize(
+    "header", ["{", "[]", "{}", '{"base": 1, "rank": "x", "alpha": 1, "use_rslora": 0, "targets": 3}']
+)
+def test_a_header_of_others_is_refused(tmp_path, header):
+    save_file({"x": np.zeros(3)}, tmp_path / "a", metadata={"stable_lora_jax": header})
+    with pytest.raises(ValueError, match=r"has a header that save_adapter did not write"):
+        read_adapter_spec(tmp_path / "a")
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    model = randomized(adapted()[0])
+    module = next(iter(lora_modules(model).values()))
+    module.lora_b[...] = module.lora_b[...].at[0, 0].set(jnp.nan)
+    save_adapter(tmp_path / "a", model, "tiny")
+    with pytest.raises(ValueError, match=r"lora_b holds NaN or infinity in .*The training that wrote it has failed"):
+        load_adapter(tmp_path / "a", adapted()[0], "tiny")
+
+
 def test_a_model_without_adapters_or_with_two_kinds_has_no_spec(tmp_path):
     model, _ = decoder()
     with pytest.raises(ValueError, match=r"has no LoRA adapters\. Call inject_lora"):

@@ -145,6 +145,52 @@ def change_tensors(directory, change):
     save_file(change(load_file(file)), file)
 
 
+Q0_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def not_finite(tensors):
+    key = next(key for key in tensors if key.endswith("q_proj.lora_B.weight"))
+    return tensors | {
+        key: np.where(np.arange(tensors[key].size).reshape(tensors[key].shape) == 5, np.nan, tensors[key])
+    }
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.replace(".weight", ".default.weight"),
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: key.removeprefix("base_model.model.").replace(".weight", ".default.weight"),
+    ],
+    ids=["default", "no prefix", "both"],
+)
+def test_names_as_older_files_have_them(tmp_path, rename):
+    model = adapted()
+    directory = export(tmp_path, model)
+    change_tensors(directory, lambda tensors: {rename(key): tensor for key, tensor in tensors.items()})
+    again = tiny.decoder()
+    inject_peft(directory, again, BASE, huggingface_module)
+    for path, module in lora_modules(model).items():
+        np.testing.assert_array_equal(lora_modules(again)[path].lora_b[...], module.lora_b[...])
+
+
+@pytest.mark.parametrize("narrow", ["lora_A", "lora_B"])
+def test_a_file_of_two_dtypes_is_computed_in_the_wider(tmp_path, narrow):
+    model = adapted()
+    directory = export(tmp_path, model)
+    change_tensors(
+        directory,
+        lambda tensors: {key: x.astype(np.float16) if narrow in key else x for key, x in tensors.items()},
+    )
+    stored = load_file(directory / "adapter_model.safetensors")
+    again = tiny.decoder()
+    inject_peft(directory, again, BASE, huggingface_module)
+    module = lora_modules(again)["layers.self_attn.q_proj"]
+    for ours, side in ((module.lora_a, "lora_A"), (module.lora_b, "lora_B")):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_array_equal(ours[0], stored[Q0_A.replace("lora_A", side)].T.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -178,12 +224,39 @@ def change_tensors(directory, change):
             lambda d: change_tensors(
                 d, lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up_proj.lora_B" not in k}
             ),
-            "lacks the tensor base_model.model.model.layers.1.mlp.up_proj.lora_B.weight",
+            "lacks the tensor model.layers.1.mlp.up_proj.lora_B.weight",
         ),
         (lambda d: change_tensors(d, lambda t: {}), "adapts 0 modules"),
         (
             lambda d: change_tensors(d, lambda t: t | {"base_model.model.embed_tokens.weight": np.zeros((2, 2))}),
-            "the model has no match for base_model.model.embed_tokens.weight.",
+            "the model has no match for embed_tokens.weight.",
+        ),
+        *(
+            (
+                lambda d, r=r: change_config(d, r=r),
+                f"says r={r!r}. It must be a positive integer, written without quotes",
+            )
+            for r in ("4", 0, 3.0, True)
+        ),
+        (lambda d: change_config(d, lora_alpha="6"), "says lora_alpha='6'. It must be a positive number, written"),
+        (lambda d: change_config(d, use_rslora="no"), "says use_rslora='no'. It must be true or false."),
+        (
+            lambda d: change_tensors(d, not_finite),
+            "lora_B.weight holds NaN or infinity. The training that wrote it has",
+        ),
+        (
+            lambda d: change_tensors(
+                d, lambda t: t | {k.replace(".weight", ".default.weight"): v for k, v in t.items()}
+            ),
+            "holds the tensor model.layers.0.mlp.down_proj.lora_A.weight twice",
+        ),
+        (
+            lambda d: change_tensors(d, lambda t: {k: v.astype(np.int32) for k, v in t.items()}),
+            "is int32. Adapters are",
+        ),
+        (
+            lambda d: change_tensors(d, lambda t: t | {Q0_A: np.zeros((3, 5), np.float32)}),
+            "has lora_A of the shapes [(3, 5), (3, 24)]. All layers of a kind",
         ),
     ],
 )

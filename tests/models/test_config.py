@@ -41,15 +41,54 @@ def test_absent_settings_take_the_architecture_defaults():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*LlamaForCausalLM, Qwen2ForCausalLM"),
-        ({"architectures": None}, r"architectures=\[\]"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*llama \(LlamaForCausalLM\), qwen2 \(Qwen2For"),
+        ({"architectures": None}, r"model_type=None, architectures=None"),
+        *(
+            (
+                {"model_type": each, "architectures": ["LlamaForCausalLM"]},
+                rf"model_type='{each}', architectures=\['Llama",
+            )
+            for each in ("gemma", "granite", "mistral", "smollm3")
+        ),
+        ({"is_causal": False}, r"is_causal=False is not supported; allowed is True"),
+        (
+            {"quantization_config": {"quant_method": "bitnet"}},
+            r"quantization_config=.*bitnet.*allowed is to leave it out",
+        ),
+        ({"auto_map": {"AutoModel": "code.Mine"}}, r"auto_map=.*allowed is to leave it out"),
+        ({"attention_dropout": 0.1}, r"attention_dropout=0.1 is not supported; allowed is 0.0"),
+        (
+            {"query_pre_attn_scalar": 256},
+            r"the key query_pre_attn_scalar \(here 256\) is not known; it may change what",
+        ),
+        ({"rope_theta": None}, r"rope_theta is null; it must be a positive number; remove the key for 10000"),
+        ({"rope_theta": "10000"}, r"rope_theta='10000' is no number; write it as one, without quotes"),
+        ({"rms_norm_eps": "1e-5"}, r"rms_norm_eps='1e-5' is no number; write it as one, without quotes"),
+        ({"hidden_size": "24"}, r"hidden_size='24' is no number"),
+        ({"hidden_size": 24.5}, r"hidden_size=24.5 is no whole number"),
+        ({"vocab_size": True}, r"vocab_size=True is no number"),
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings='false' is neither true nor false"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_parameters": {"rope_type": "default"}},
+            r"rope_scaling says rope_type='llama3', another place says 'default'; they must agree",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}}, r"rope_parameters says rope_theta=500000.0, another place says 1"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "original_max_position_embeddings": 16},
+            r"rope_scaling says original_max_position_embeddings=32, another place says 16",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "beta_fast": 32}},
+            r"the key beta_fast \(here 32\) of rope_scal",
+        ),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\] is no object"),
         ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_type='yarn' is not supported; allowed is 'default' or"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0.5"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'.*'silu'"),
         ({"mlp_bias": True}, r"mlp_bias=True"),
         ({"attention_bias": True}, r"attention_bias=True"),
         ({"use_sliding_window": True}, r"use_sliding_window=True"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, r"layer_types=\['full_attention', 'sliding_"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, r"layer_types=\['sliding_attention', 'full_"),
         ({"num_key_value_heads": 4}, r"num_heads=6, num_kv_heads=4.*divides"),
         ({"head_dim": 3}, r"head_dim=3.*even"),
         ({"hidden_size": 0}, r"hidden_size=0; it must be positive"),
@@ -59,6 +98,12 @@ def test_absent_settings_take_the_architecture_defaults():
 def test_unsupported_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({**tiny.hf_config(tiny.CONFIG), **changes})
+
+
+def test_transformers_goes_by_model_type():
+    raw = tiny.hf_config(tiny.CONFIG)
+    assert config_from_hf({**raw, "model_type": "llama", "architectures": ["Qwen2ForCausalLM"]}) == tiny.CONFIG
+    assert config_from_hf({**raw, "model_type": "qwen2", "architectures": None}) == tiny.config(qkv_bias=True)
 
 
 def test_a_missing_key_is_named():

@@ -1,8 +1,11 @@
 """Against transformers on random models, in PyTorch float32."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from stable_lora_jax.models import generate, load_model, save_huggingface
 from tests.models import tiny
@@ -79,6 +82,39 @@ def test_logits_equal_transformers(tmp_path, family, changes, shard):
     assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) == tied
     with pytest.raises(FileExistsError, match=r"holds config\.json and model\.safetensors already"):
         save_huggingface(tmp_path / "again", model)
+
+
+def _edit(directory, tensors=None, **changes):
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _swap_names(tensors):
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("made", "changes", "tensors"),
+    [
+        ({}, {"tie_word_embeddings": True}, None),  # beside an lm_head of its own
+        ({"tie_word_embeddings": True}, {}, _swap_names),  # of which only the head is stored
+        ({}, {"architectures": ["Qwen2ForCausalLM"]}, None),
+        ({}, {"architectures": None}, None),
+        ({}, {"rope_theta": None}, None),  # beside rope_parameters
+    ],
+    ids=["tied, another head", "tied, head alone", "other architecture", "no architecture", "theta null"],
+)
+def test_odd_configurations_are_read_as_transformers_does(tmp_path, made, changes, tensors):
+    reference("Llama", **made).save_pretrained(tmp_path)
+    _edit(tmp_path, tensors and tensors(load_file(tmp_path / "model.safetensors")), **changes)
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 40))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = theirs(torch.asarray(tokens)).logits.numpy()
+    assert np.abs(tiny.call(load_model(tmp_path), jnp.asarray(tokens)) - expected).max() <= TOLERANCE
 
 
 def test_greedy_tokens_equal_transformers(tmp_path):
