@@ -1,11 +1,40 @@
-"""The command line: ``stable-lora train | eval | generate | export | export-plots | watch | plan``."""
+"""The command line: ``stable-lora train | eval | generate | export | export-plots | watch | plan``.
+
+This file imports nothing heavy, so that a signal is answered from the first moments on.
+"""
 
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-import tyro
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run() -> int:
+    """Runs the command of `sys.argv`, as a process of its own, and returns its exit code (see `main`).
+
+    A signal ends the process at once, with one line and code 128 + n, whatever it is doing: importing, loading, or
+    writing a checkpoint (which becomes one only when it is whole). While a training runs, the first signal lets the
+    step under way finish and be saved, and the second one does this.
+    """
+    kinds = [kind for kind in STOP_SIGNALS if signal.getsignal(kind) is not signal.SIG_IGN]  # as nohup has it
+    for kind in kinds:
+        signal.signal(kind, _end)
+    try:
+        return main()
+    finally:
+        # What remains is Python's own end, in which a signal would change the exit code of what is done.
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_IGN)
+
+
+def _end(number: int, frame: object) -> None:
+    os.write(
+        sys.__stderr__.fileno() if sys.__stderr__ else 2,
+        f"\nstable-lora: ended by {signal.Signals(number).name}\n".encode(),
+    )
+    os._exit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a traceback, for errors of the runtime and of this program; 2 for what it will not (a refused input, a file that
     cannot be read or written, a loss that is not finite); 128 + n when signal n stopped a training.
     """
+    import tyro
+
     # Only its tokenizers are used; it would warn that PyTorch, which we do not need, is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
@@ -49,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             os._exit(1)  # an orderly end would wait for the process that is lost
         return 1 if isinstance(error, CheckpointError) else 2
-    except KeyboardInterrupt:  # before a training could take it
+    except KeyboardInterrupt:  # in a program that called this
         print("stable-lora: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     stopped_by = getattr(result, "stopped_by", None)

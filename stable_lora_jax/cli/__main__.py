@@ -2,6 +2,6 @@
 
 import sys
 
-from stable_lora_jax.cli import main
+from stable_lora_jax.cli import run
 
-sys.exit(main())
+sys.exit(run())

@@ -70,7 +70,7 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
         )
     named = templates if isinstance(templates, dict) else {"default": templates}
     name = template or ("default" if "default" in named else None)
-    if name not in named:
+    if name is None or name not in named:
         asked = f"no chat template {template!r}" if template else "several chat templates and none is called 'default'"
         raise ChatTemplateError(f"the tokenizer has {asked}; it has {', '.join(map(repr, named))}. Name one of these.")
     return named[name]

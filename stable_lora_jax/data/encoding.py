@@ -201,14 +201,15 @@ def _tokenize(
     if not texts:
         return []
     # verbose=False: no warning about the model's length; batches check their own limit.
+    fast = bool(tokenizer.is_fast)
     batch = tokenizer(
         texts,
         add_special_tokens=False,
         return_attention_mask=False,
-        return_offsets_mapping=tokenizer.is_fast,
+        return_offsets_mapping=fast,
         verbose=False,
     )
-    spans = batch["offset_mapping"] if tokenizer.is_fast else itertools.repeat(None)
+    spans = batch["offset_mapping"] if fast else itertools.repeat(None)
     return [(tuple(ids), each) for ids, each in zip(batch["input_ids"], spans, strict=False)]
 
 

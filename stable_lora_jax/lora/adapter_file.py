@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,8 +90,9 @@ def read_adapter_spec(path: str | Path) -> AdapterSpec:
     if metadata is None:
         raise ValueError(f"{path} is a safetensors file, but not an adapter that save_adapter wrote.")
     try:
-        fields = dict(json.loads(metadata))
-        spec = AdapterSpec(**fields | {"targets": tuple(fields["targets"])})
+        fields: dict[str, Any] = dict(json.loads(metadata))
+        fields["targets"] = tuple(fields["targets"])
+        spec = AdapterSpec(**fields)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} has a header that save_adapter did not write ({type(error).__name__}: {error}). Copy it again."

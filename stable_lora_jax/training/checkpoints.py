@@ -183,8 +183,9 @@ def checkpoints(directory: Path, keep: int, keep_best: bool = False) -> Iterator
     manager = Checkpoints(directory, keep, keep_best)
     try:
         yield manager
-    except LostProcessError:
-        raise  # a save that is shared with a lost process never ends
+    except (LostProcessError, KeyboardInterrupt):
+        # A save that is shared with a lost process never ends; and one who interrupts does not want to wait for it.
+        raise
     except BaseException as error:
         try:
             manager.close()

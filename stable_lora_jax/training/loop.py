@@ -79,9 +79,9 @@ def train(
 ) -> TrainResult:
     """Trains the adapters inside `model`, in place, and returns how it ended.
 
-    SIGINT and SIGTERM let the step under way finish, save, and return. A loss, gradient or update that is not finite
-    raises, and leaves the last checkpoint as it is. Several processes call it alike (see `training.distributed`); a
-    signal to any of them stops all.
+    SIGINT, SIGTERM and SIGHUP let the step under way finish, save, and return. A loss, gradient or update that is not
+    finite raises, and leaves the last checkpoint as it is. Several processes call it alike (see
+    `training.distributed`); a signal to any of them stops all.
 
     Args:
       model: a model with adapters.
@@ -279,23 +279,27 @@ _terms = jax.jit(partial(update_terms, stack_axes=STACK_AXES))
 
 @contextmanager
 def _stop_signal() -> Iterator[list[signal.Signals]]:
-    """Yields a list that holds the first SIGINT or SIGTERM received; a second one acts at once."""
+    """Yields a list that holds the first SIGINT, SIGTERM or SIGHUP received; a second one has its usual effect.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
         yield received
         return
-    kinds = (signal.SIGINT, signal.SIGTERM)
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {kind: signal.getsignal(kind) for kind in kinds}
+    before = {kind: handler for kind, handler in before.items() if handler is not signal.SIG_IGN}
 
     def receive(number: int, frame: object) -> None:
         received.append(signal.Signals(number))
         restore()
 
     def restore() -> None:
-        for kind in kinds:
-            signal.signal(kind, before[kind])
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
-    for kind in kinds:
+    for kind in before:
         signal.signal(kind, receive)
     try:
         yield received
