@@ -10,6 +10,7 @@ Expected:  accuracy 52 -> 65 % (summed) and 48 -> 67 % (per token) for AdamW, +-
 """
 
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from experiments.provenance import commit, machine, versions
+from experiments.provenance import commit, has_bfloat16, machine, versions
 from stable_lora_jax.cli.adapters import load_with_adapter
 from stable_lora_jax.cli.plots import PlotsConfig, plots_command
 from stable_lora_jax.cli.train import TrainConfig, train_command
@@ -27,7 +28,6 @@ from stable_lora_jax.evaluation import evaluate
 from stable_lora_jax.training import read_metrics, stop_steps
 
 METHODS = ("adamw", "stable-lora")
-NOISE = "One seed, and each accuracy has a standard error of 2 points: small differences say nothing."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,11 @@ def main(config: DemoConfig) -> None:
     began = time.perf_counter()
     questions = load_task("arc_easy", "validation")[:: 10 if config.quick else 1]
     examples = encode_all(load_tokenizer(TrainConfig.model), questions)
-    base = load_with_adapter(TrainConfig.model, None, "bfloat16")
+    dtype = "bfloat16" if has_bfloat16() else "float32"
+    print(
+        f"The base model is in {dtype}, as this machine computes {'both' if has_bfloat16() else 'that alone'} itself."
+    )
+    base = load_with_adapter(TrainConfig.model, None, dtype)
     print(f"1/5  Before training, on {len(examples)} validation questions", flush=True)
     start = time.perf_counter()
     results: dict[str, Any] = {"before": evaluate(base, examples, progress=True).summary()}
@@ -58,7 +62,7 @@ def main(config: DemoConfig) -> None:
                 method=method,
                 lam=0.005,
                 steps=20 if config.quick else None,
-                dtype="bfloat16",
+                dtype=dtype,
                 norms_every=2,
                 run_dir=run,
                 overwrite=True,
@@ -66,8 +70,9 @@ def main(config: DemoConfig) -> None:
         )
         seconds = time.perf_counter() - start
         print(f"{3 + 2 * number}/5  After training with {method}", flush=True)
-        model = load_with_adapter(TrainConfig.model, run, "bfloat16")
+        model = load_with_adapter(TrainConfig.model, run, dtype)
         results[method] = evaluate(model, examples, progress=True).summary() | {"train_seconds": round(seconds, 1)}
+    results["dtype"] = dtype
     results["stopped"] = stopped(config.out / "stable-lora")
     results["minutes"] = round((time.perf_counter() - began) / 60, 1)
     results["commit"] = commit()
@@ -103,7 +108,16 @@ def table(results: dict) -> str:
     for pair, row in results["stopped"].items():
         steps = f" (steps {row['first']} to {row['last']}, median {row['median']})" if row["stable"] else ""
         told.append(f"{pair.split('/')[-2]} {row['stable']} of {row['matrices']}{steps}")
-    return f"{scores(results)}\n\nMatrices whose shrink stopped within the epoch: {'; '.join(told)}.\n{NOISE}"
+    return f"{scores(results)}\n\nMatrices whose shrink stopped within the epoch: {'; '.join(told)}.\n{noise(results)}"
+
+
+def noise(results: dict) -> str:
+    """Returns what the number of questions allows to say."""
+    rows = [results[name] for name in ("before", *METHODS)]
+    error = max(math.sqrt(row["accuracy_token"] * (1 - row["accuracy_token"]) / row["questions"]) for row in rows)
+    return (
+        f"One seed, and each accuracy has a standard error of {100 * error:.1f} points: small differences say nothing."
+    )
 
 
 def scores(results: dict) -> str:
@@ -129,8 +143,8 @@ def report(results: dict) -> str:
         [
             "# SmolLM2-135M-Instruct on ARC-Easy",
             "",
-            f"{results['before']['questions']} validation questions, cloze. {NOISE} LoRA r = 8 on q and v, s = 2, "
-            "λ = 0.005, learning rate 5e-4, batch 8, bfloat16 base, float32 adapters.",
+            f"{results['before']['questions']} validation questions, cloze. {noise(results)} LoRA r = 8 on q, v; s = 2, "
+            f"λ = 0.005, learning rate 5e-4, batch 8, {results['dtype']} base, float32 adapters.",
             "",
             scores(results),
             "",

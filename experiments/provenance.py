@@ -17,6 +17,17 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "architecture": platform.machine()}
 
 
+def has_bfloat16() -> bool:
+    """Returns whether this machine multiplies bfloat16 matrices by instructions of its own."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return True
+    listed = Path("/proc/cpuinfo")  # of Linux; elsewhere float32 is the safe answer
+    words = set(listed.read_text().split()) if listed.exists() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"})
+
+
 def versions(*names: str) -> dict[str, str]:
     """Returns the versions of Python and of those of the packages that are installed."""
     found = {"python": platform.python_version()}

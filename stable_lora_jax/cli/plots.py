@@ -30,8 +30,12 @@ def plots_command(config: PlotsConfig) -> list[Path]:
     """Runs `stable-lora export-plots` and returns the files written; see `PlotsConfig`."""
     figures, labels = {}, _labels(config.runs)
     for label, run in labels.items():
-        name = "norms" if config.out is None else f"{label.replace('/', '-')}-norms"
-        figures[(config.out or run) / f"{name}.{config.file_format}"] = plot_norms(run)
+        stem = "norms" if config.out is None else f"{label.replace('/', '-')}-norms"
+        file, number = (config.out or run) / f"{stem}.{config.file_format}", 1
+        while file in figures:  # the same name once its slashes are hyphens
+            number += 1
+            file = file.with_name(f"{stem}-{number}.{config.file_format}")
+        figures[file] = plot_norms(run)
     losses = plot_losses(labels)
     figures[(config.out or config.runs[0]) / f"losses.{config.file_format}"] = losses
     for path, figure in figures.items():

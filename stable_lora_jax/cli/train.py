@@ -352,6 +352,8 @@ def load_training_examples(config: TrainConfig) -> list[Encoded]:
             f"loss='choices' compares answers; {config.data} holds completions. Leave --loss out for them."
         )
     examples = encode_all(load_tokenizer(config.model), items, config.prompt_format)
+    if (moved := sum(example.moved for example in examples)) and is_first():
+        print(f"{moved} of {len(examples)} answers begin within a token: that token is learnt as a part of the answer.")
     return [right_branch_only(example) for example in examples] if config.loss == "answer" else examples
 
 

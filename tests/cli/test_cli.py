@@ -184,7 +184,7 @@ def test_generate_prints(finished, model_dir, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_export_plots(finished, tmp_path, capsys):
+def test_export_plots(finished, tmp_path, capsys, monkeypatch):
     assert code_of(["export-plots", finished]) == 0
     told = capsys.readouterr().out.split()
     assert told == [str(finished / "norms.png"), str(finished / "losses.png")]
@@ -197,6 +197,17 @@ def test_export_plots(finished, tmp_path, capsys):
     assert code_of(["export-plots", finished, twin, "--out", out, "--file-format", "svg"]) == 0
     assert len(list(out.glob("*norms.svg"))) == 2  # runs of one name in two places are two figures
     assert (out / "losses.svg").stat().st_size
+    # Paths that read alike once their slashes are hyphens, and one run named twice.
+    alike = [tmp_path / "x" / name for name in ("a-b/r", "a/b/r")]
+    alike += [tmp_path / "x-a-b" / "r"]
+    for path in alike:
+        shutil.copytree(finished, path)
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    relative = [path.relative_to(tmp_path) for path in alike]
+    assert code_of(["export-plots", *relative, relative[0], "--out", "together"]) == 0
+    told = capsys.readouterr().out.split()
+    assert len(told) == len(set(told)) == len(list((tmp_path / "together").iterdir())) == 4
 
 
 def test_a_run_is_not_touched_without_resume_or_overwrite(train_flags, finished, capsys):
