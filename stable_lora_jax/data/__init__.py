@@ -1,6 +1,6 @@
 """Data: real questions and your own, as token numbers and as batches of NumPy arrays. It knows no model."""
 
-from stable_lora_jax.data.assets import cache_dir, qa_wheel, smollm2_gguf
+from stable_lora_jax.assets.packaged import cache_dir, qa_wheel, smollm2_gguf
 from stable_lora_jax.data.batches import (
     Batch,
     BatchesByStep,

@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from stable_lora_jax.data.assets import qa_wheel
+from stable_lora_jax.assets.packaged import qa_wheel
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 # From here on the wheel's records score an answer without its question.

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stable_lora_jax.data.assets import smollm2_gguf
-from stable_lora_jax.data.gguf_metadata import read_gguf_metadata
+from stable_lora_jax.assets.gguf_metadata import read_gguf_metadata
+from stable_lora_jax.assets.packaged import smollm2_gguf
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer

@@ -111,6 +111,8 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     """
     config, tensors = _read(Path(directory))
     theirs = config.get("base_model_name_or_path")
+    if theirs is not None and not isinstance(theirs, str):
+        raise ValueError(f"{directory / CONFIG} says base_model_name_or_path={theirs!r}. It must be a text, or null.")
     if theirs and not same_base(theirs, base):
         raise ValueError(
             f"{directory} is an adapter for {theirs}, not for {base}. Load it onto that model; if it is the same model "
@@ -179,7 +181,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{directory / CONFIG} lacks {' and '.join(missing)}. Add them as they were in training.")
     for name, kinds, kind in (("r", (int,), "integer"), ("lora_alpha", (int, float), "number")):
         value = config[name]
-        if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= 2**31:
             raise ValueError(
                 f"{directory / CONFIG} says {name}={value!r}. It must be a positive {kind}, written without quotes. "
                 "Correct it as it was in training."

@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from stable_lora_jax.assets import read_gguf_metadata
 from stable_lora_jax.models.checkpoint import Checkpoint
 from stable_lora_jax.models.config import DecoderConfig, Llama3RopeScaling
 from stable_lora_jax.models.rotary import rotary_frequencies
@@ -40,9 +41,10 @@ def open_gguf(file: Path) -> Checkpoint:
     Raises:
         ValueError: the file is damaged, or its architecture, a feature or a tensor type is not supported.
     """
+    read_gguf_metadata(file)  # the package believes every length that a header claims
     try:
         reader = gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"{file} is not a whole GGUF file: {error}; download it again.") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}

@@ -120,7 +120,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 def _model_type(raw: Mapping[str, Any]) -> str:
     """Returns llama or qwen2, by `model_type` if there is one: transformers goes by it, whatever else is named."""
     architectures = raw.get("architectures")
-    named = architectures if isinstance(architectures, list) else []
+    named = [each for each in architectures if isinstance(each, str)] if isinstance(architectures, list) else []
     by_class = {architecture: model_type for model_type, architecture in _ARCHITECTURES.items()}
     model_type = raw.get("model_type") or (by_class.get(named[0]) if len(named) == 1 else None)
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
@@ -217,12 +217,15 @@ def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> 
         )
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"config.json: {name}={value!r} is no number; write it as one, without quotes.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"config.json: {name} has {len(str(value))} digits; correct it.") from None
 
 
 def _integer(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = float(_number(raw, name, default))
-    if not value.is_integer():
+    if not value.is_integer() or abs(value) > 2**53:
         raise ValueError(f"config.json: {name}={raw[name]!r} is no whole number; take the file of the weights.")
     return int(value)
 

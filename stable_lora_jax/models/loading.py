@@ -22,7 +22,7 @@ from stable_lora_jax.models.huggingface import open_huggingface
 
 def _smollm2_135m() -> Path:
     # Imported late: only this alias needs the data package.
-    from stable_lora_jax.data.assets import smollm2_gguf
+    from stable_lora_jax.assets.packaged import smollm2_gguf
 
     return smollm2_gguf()
 

@@ -107,7 +107,7 @@ def test_errors():
 def test_smollm2_equals_transformers():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from stable_lora_jax.data.assets import smollm2_gguf
+    from stable_lora_jax.assets.packaged import smollm2_gguf
 
     file = smollm2_gguf()
     examples = encode_all(load_tokenizer("smollm2-135m"), load_task("arc_easy", "validation")[::36][:16])

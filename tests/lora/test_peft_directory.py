@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
+from stable_lora_jax.assets.packaged import smollm2_gguf
 from stable_lora_jax.cli import main
 from stable_lora_jax.cli.export import vllm_notes
 from stable_lora_jax.data import load_tokenizer
-from stable_lora_jax.data.assets import smollm2_gguf
 from stable_lora_jax.lora import (
     AdapterSpec,
     inject_lora,

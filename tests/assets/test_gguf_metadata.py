@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stable_lora_jax.data.assets import smollm2_gguf
-from stable_lora_jax.data.gguf_metadata import read_gguf_metadata
+from stable_lora_jax.assets.gguf_metadata import read_gguf_metadata
+from stable_lora_jax.assets.packaged import smollm2_gguf
 
 
 def test_equals_the_gguf_package(tmp_path: Path) -> None:
