@@ -109,7 +109,8 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         LoRA (named); modules that the model lacks, or that only some of its layers have (named); matrices of another
         shape. The model is then unchanged.
     """
-    config, tensors = _read(Path(directory))
+    directory = Path(directory)
+    config, tensors = _read(directory)
     theirs = config.get("base_model_name_or_path")
     if theirs is not None and not isinstance(theirs, str):
         raise ValueError(f"{directory / CONFIG} says base_model_name_or_path={theirs!r}. It must be a text, or null.")

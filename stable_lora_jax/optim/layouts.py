@@ -108,11 +108,28 @@ def read_layout(
             f"stack_axes={chosen} does not fit the pair '{name}' with A {a} and B {b}: possible are "
             f"{' or '.join(map(str, sorted(stacks)))}."
         )
-    if not for_this_pair and said != ():
+    if isinstance(said, str) or not (for_this_pair or said == ()):
         _check_einsum(name, shapes, chosen, named)
     readings = [reading for reading in readings if reading.stack_axes == chosen]
     groups = {reading.groups for reading in readings}
     return Layout(chosen, chosen, _rank_axes_of(readings, shapes), groups.pop() if len(groups) == 1 else 1)
+
+
+def axes_of_sizes(
+    name: str, shapes: tuple[Shape, Shape], sizes: tuple[int, ...], named: Name | None
+) -> list[tuple[int, ...]]:
+    """Returns every choice of stack axes of these sizes under which the shapes can be read."""
+    a = shapes[0]
+    fitting = []
+    for axes in itertools.combinations(range(len(a)), len(sizes)):
+        if tuple(a[axis] for axis in axes) != sizes:
+            continue
+        try:
+            read_layout(name, shapes, axes, named, for_this_pair=True)
+        except ValueError:
+            continue
+        fitting.append(axes)
+    return fitting
 
 
 def layout_with_ranks(
@@ -240,7 +257,7 @@ def _check_einsum(name: str, shapes: tuple[Shape, Shape], stack_axes: tuple[int,
         f"axes {inner[:-1]} of A, as an attention's output projection or a convolution does (one matrix, fan-in "
         f"{fan_in}), and for an einsum that keeps axis {inner[0]}, as experts do ({matrices} matrices A of fan-in "
         f"{fan_in // matrices} that share B). Say stack_axes=() if nothing is stacked in this model, or a function "
-        f"of the pair's name that returns {(*stack_axes, inner[0])} for experts and {stack_axes} for the others."
+        f"of the pair's name that returns {(*stack_axes, inner[0])} for experts, else {stack_axes}."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from stable_lora_jax.optim.layouts import StackAxes, layout_with_ranks, other_axes, read_layout
+from stable_lora_jax.optim.layouts import StackAxes, axes_of_sizes, layout_with_ranks, other_axes, read_layout
 from stable_lora_jax.optim.names import (
     LORA_A,
     LORA_B,
@@ -150,6 +150,34 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
         ratio = math.prod(a_sizes) / math.prod(b_sizes)
         pairs.append(Pair(name, a, b, ratio, layout.stack_axes, layout.stack_axes_b, layout.rank_axes, layout.groups))
     return tuple(pairs)
+
+
+def find_pairs_of_state(
+    params: PyTree, labels: Labels, stack_axes: StackAxes, stacks: Mapping[str, tuple[int, ...]]
+) -> tuple[Pair, ...]:
+    """Returns `find_pairs`, where the sizes of the stack axes are known: they settle what shapes alone leave open.
+
+    Args:
+      params, labels, stack_axes: as in `find_pairs`.
+      stacks: pair name -> sizes of its stack axes, as the shapes of the flags in an optimizer state tell.
+    """
+    paths, leaves = leaf_paths(params), jax.tree.leaves(params, is_leaf=is_none)
+
+    def axes(name: str) -> Any:
+        said = stack_axes(name) if callable(stack_axes) else stack_axes
+        if said != "infer" or name not in stacks:
+            return said
+        _, a, b = next(match for match in matches if match[0] == name)
+        shapes = jnp.shape(leaves[a]), jnp.shape(leaves[b])
+        fitting = axes_of_sizes(name, shapes, stacks[name], parse_name(paths[a]))
+        return fitting[0] if len(fitting) == 1 else said
+
+    said = labels(params) if callable(labels) else labels
+    if _specs(said) or (stack_axes != "infer" and not callable(stack_axes)):
+        return find_pairs(params, labels, stack_axes)
+    each = _labels_by_name(paths, leaves) if said is None else _labels_given(paths, leaves, said)
+    matches = _match(paths, each)
+    return find_pairs(params, labels, axes)
 
 
 def check_updates(updates: PyTree, params: PyTree) -> None:

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from stable_lora_jax.optim.pairs import Labels, PyTree, StackAxes, find_pairs, find_states, is_none, unwrap_variables
+from stable_lora_jax.optim.pairs import (
+    Labels,
+    PyTree,
+    StackAxes,
+    find_pairs_of_state,
+    find_states,
+    is_none,
+    unwrap_variables,
+)
 from stable_lora_jax.optim.stable_lora import StableLoraState, pair_norms
 
 
@@ -35,7 +43,9 @@ def stability(
     Args:
       params: the parameters; pairs of other transformations, as beside those of a partition, are left out.
       opt_state: the optimizer state.
-      labels, stack_axes: as given to the transformation.
+      labels: as given to the transformation.
+      stack_axes: as given to the transformation; needed only where two axes of one size could be the stack, as else the
+        flags' shapes tell.
 
     Raises:
       ValueError: no `StableLoraState` inside `opt_state`, or two that hold the same pair, or one that holds pairs which
@@ -55,7 +65,8 @@ def stability(
         )
     flags = {name: flag for state in states for name, flag in unwrap_variables(state.stable).items()}
     pending = {name: factor for state in states for name, factor in unwrap_variables(state.pending).items()}
-    leaves, pairs = jax.tree.leaves(params, is_leaf=is_none), find_pairs(params, labels, stack_axes)
+    stacks = {name: jnp.shape(flag) for name, flag in flags.items()}
+    leaves, pairs = jax.tree.leaves(params, is_leaf=is_none), find_pairs_of_state(params, labels, stack_axes, stacks)
     if missing := flags.keys() - (held := {pair.name for pair in pairs}):
         raise ValueError(
             f"opt_state belongs to other parameters: it has flags of the pairs {sorted(missing)}, params hold "

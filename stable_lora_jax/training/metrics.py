@@ -45,13 +45,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: another line is damaged.
     """
-    texts, lines = path.read_text().splitlines() if path.exists() else [], []
+    texts, lines = path.read_text(errors="replace").splitlines() if path.exists() else [], []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
+            lines.append(dict(json.loads(text)))
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(texts):
-                raise ValueError(f"{path}, line {number} of {len(texts)} is no JSON ({error}). Mend it.") from error
+                raise ValueError(
+                    f"{path}, line {number} of {len(texts)} is not a JSON object ({error}). Correct or remove the line."
+                ) from error
     return lines
 
 

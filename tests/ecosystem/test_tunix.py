@@ -61,7 +61,7 @@ def test_einsum_adapters_in_tunix_own_trainer():
     attention = model.layers[0].attn
     assert (attention.q_proj.w_lora_a.shape, attention.q_proj.w_lora_b.shape) == ((24, 3), (3, 6, 4))
     assert (attention.o_proj.w_lora_a.shape, attention.o_proj.w_lora_b.shape) == ((6, 4, 3), (3, 24))
-    watch = Watch(2e-2, 0.02)
+    watch = Watch(2e-2, 0.02, stack_axes=())
     trainer = PeftTrainer(model, watch.tx, TrainingConfig(eval_every_n_steps=1000, max_steps=STEPS))
     trainer.with_gen_model_input_fn(model_input).train(batches(STEPS))
     watch.check(nnx.state(model, nnx.LoRAParam), trainer.optimizer.opt_state, beside(*NAMES))

@@ -129,7 +129,7 @@ def test_matrices_that_share_a_b_have_a_flag_each():
         (("lora_A", "lora_B"), (16, 4), (5, 4, 16), r"ranks of the pair 'lora' disagree"),
         (PEFT, (4, 16, 3, 3), (9, 2, 1, 1), r"ranks of the pair 'lora.weight' disagree"),  # 9 outputs in 2 groups
         (EXPERTS, (5, 12, 4), (4, 6), r"sums over the axes \(0, 1\).*fan-in 60.*5 matrices A of fan-in 12.*Say stack"),
-        (EXPERTS, (2, 5, 12, 4), (2, 4, 6), r"sums over the axes \(1, 2\).*returns \(0, 1\) for experts and \(0,\)"),
+        (EXPERTS, (2, 5, 12, 4), (2, 4, 6), r"sums over the axes \(1, 2\).*returns \(0, 1\) for experts, else \(0,\)"),
         (FLAX, (5, 12, 4), (4, 6), r"or a convolution does"),
     ],
 )  # fmt: skip

@@ -77,3 +77,22 @@ def test_flags_inside_an_nnx_optimizer_open_again():
     assert stability(nnx.state(model, nnx.LoRAParam), optimizer.opt_state)["lora"].stable
     optimizer.opt_state = nnx.data(reset_stability(optimizer.opt_state))
     assert not stability(nnx.state(model, nnx.LoRAParam), optimizer.opt_state)["lora"].stable
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "stack_axes"),
+    [
+        ((16, 3, 4), (4, 3, 8), (1,)),
+        ((16, 3, 4), (4, 3, 8), ()),
+        ((4, 16, 4), (4, 4, 8), (0,)),
+        ((5, 12, 4), (4, 6), lambda name: (0,)),  # five A share a B
+        ((5, 12, 4), (4, 6), ()),
+    ],
+)
+def test_the_flags_tell_what_is_a_stack(a, b, stack_axes):
+    rng = np.random.default_rng(0)
+    params = {"w_lora_a": jnp.asarray(rng.normal(size=a)), "w_lora_b": jnp.asarray(rng.normal(size=b))}
+    state = stable_lora_shrink(LAM, stack_axes=stack_axes).init(params)
+    told = stability(params, state)["w_lora"]
+    np.testing.assert_array_equal(told.gap, stability(params, state, stack_axes=stack_axes)["w_lora"].gap)
+    assert told.gap.shape == told.stable.shape

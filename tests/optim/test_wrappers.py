@@ -64,6 +64,10 @@ def _two_steps(tx, params, jitted):
     return jax.tree.map(lambda x, y: np.asarray(x - y), params, start)
 
 
+def _itself(tx):
+    return tx
+
+
 def _takes_value(tx):
     return isinstance(tx, optax.GradientTransformationExtraArgs)
 
@@ -131,7 +135,7 @@ def test_no_dtype_changes_under_x64(row, dtype):
     make, rate = ROWS[row]
     with jax.enable_x64(True):
         params = adapters(dtype)
-        for wrap in (lambda tx: tx, lambda tx: optax.apply_if_finite(tx, 2)):
+        for wrap in (_itself, WRAPPERS["apply_if_finite"], WRAPPERS["conditionally_transform"]):
             tx = wrap(make(rate))
 
             @jax.jit
