@@ -143,8 +143,8 @@ def report(results: dict) -> str:
         [
             "# SmolLM2-135M-Instruct on ARC-Easy",
             "",
-            f"{results['before']['questions']} validation questions, cloze. {noise(results)} LoRA r = 8 on q, v; s = 2, "
-            f"λ = 0.005, learning rate 5e-4, batch 8, {results['dtype']} base, float32 adapters.",
+            f"{results['before']['questions']} validation questions, cloze. {noise(results)} LoRA r = 8 on q and v, "
+            f"s = 2, λ = 0.005, learning rate 5e-4, batch 8, {results['dtype']} base, float32 adapters.",
             "",
             scores(results),
             "",

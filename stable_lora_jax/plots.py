@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
+from stable_lora_jax.extras import needs
 from stable_lora_jax.training.metrics import read_metrics, stop_steps
+
+with needs("train"):
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
 _ROWS = (("norm_a", "‖A‖"), ("norm_b", "‖B‖"), ("gap", "gap = (‖A‖/n) / (‖B‖/m)"))
 

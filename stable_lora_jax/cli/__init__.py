@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from stable_lora_jax.extras import needs
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -44,18 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a traceback, for errors of the runtime and of this program; 2 for what it will not (a refused input, a file that
     cannot be read or written, a loss that is not finite); 128 + n when signal n stopped a training.
     """
-    import tyro
-
     # Only its tokenizers are used; it would warn that PyTorch, which we do not need, is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
-    from stable_lora_jax.cli.export import ExportConfig, export_command
-    from stable_lora_jax.cli.generate import GenerateConfig, generate_command
-    from stable_lora_jax.cli.plan import PlanConfig, plan_command
-    from stable_lora_jax.cli.plots import PlotsConfig, plots_command
-    from stable_lora_jax.cli.train import TrainConfig, train_command
-    from stable_lora_jax.cli.watch import WatchConfig, watch_command
-    from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError
+    try:
+        with needs("train"):
+            import tyro
+
+            from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
+            from stable_lora_jax.cli.export import ExportConfig, export_command
+            from stable_lora_jax.cli.generate import GenerateConfig, generate_command
+            from stable_lora_jax.cli.plan import PlanConfig, plan_command
+            from stable_lora_jax.cli.plots import PlotsConfig, plots_command
+            from stable_lora_jax.cli.train import TrainConfig, train_command
+            from stable_lora_jax.cli.watch import WatchConfig, watch_command
+            from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError
+    except ModuleNotFoundError as error:
+        print(f"stable-lora: {error}", file=sys.stderr)
+        return 2
 
     commands = {
         TrainConfig: ("train", train_command),

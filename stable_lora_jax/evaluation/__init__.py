@@ -1,22 +1,25 @@
 """How good a model is at choosing answers and at finding numbers, and what a difference between two models means."""
 
-from stable_lora_jax.evaluation.likelihood import (
-    Evaluation,
-    NonFiniteScoreError,
-    branch_log_likelihoods,
-    evaluate,
-    target_log_likelihoods,
-)
-from stable_lora_jax.evaluation.numeric import exact_match, final_number
-from stable_lora_jax.evaluation.statistics import (
-    Estimate,
-    expected_best,
-    holm,
-    mean_interval,
-    paired_bootstrap,
-    paired_p_value,
-    sign_flip_p_value,
-)
+from stable_lora_jax.extras import needs
+
+with needs("train"):
+    from stable_lora_jax.evaluation.likelihood import (
+        Evaluation,
+        NonFiniteScoreError,
+        branch_log_likelihoods,
+        evaluate,
+        target_log_likelihoods,
+    )
+    from stable_lora_jax.evaluation.numeric import exact_match, final_number
+    from stable_lora_jax.evaluation.statistics import (
+        Estimate,
+        expected_best,
+        holm,
+        mean_interval,
+        paired_bootstrap,
+        paired_p_value,
+        sign_flip_p_value,
+    )
 
 __all__ = [
     "Estimate",

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import qwix
 from flax import nnx
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from stable_lora_jax.extras import needs
 from stable_lora_jax.lora.injection import adapted_paths, check_one_name, dotted, listed, modules_at, place
 
 QUANTIZATIONS = ("int8", "nf4")
@@ -117,6 +117,9 @@ def _quantize(kernel: Float[Array, "*stack n m"], kind: str) -> tuple[Array, Flo
     *stack, fan_in, fan_out = kernel.shape
     tiles = {0: math.gcd(_NF4_BLOCK, fan_in)} if kind == "nf4" else {}
 
+    with needs("quantize"):
+        import qwix
+
     def quantize(matrix: Float[Array, "n m"]) -> tuple[Array, Array]:
         found = qwix.quantize(matrix.astype(jnp.float32), kind, channelwise_axes=(1,), tiled_axes=tiles)
         return found.qvalue, found.scale
@@ -136,6 +139,8 @@ def _product(
     preferred_element_type: DTypeLike | None,
     out_sharding: Any,
 ) -> Array:
+    with needs("quantize"):
+        import qwix
     kernel = qwix.dequantize(qwix.QArray(value, scale, qtype=kind)).astype(x.dtype)
     return jnp.matmul(
         x, kernel, precision=precision, preferred_element_type=preferred_element_type, out_sharding=out_sharding

@@ -54,10 +54,7 @@ def parse_name(path: Path) -> Name | None:
         if "bias" in below:
             return None
         pair = "/".join(part for part in (*path[:depth], head + tail, *path[depth + 1 :]) if part)
-        if "weight" in below:
-            orientation = "torch"
-        else:
-            orientation = "flax" if side in ("a", "b") else None
+        orientation = "torch" if "weight" in below else "flax" if side in ("a", "b") else None
         qwix = _QWIX.fullmatch(path[depth]) if orientation == "flax" else None
         label = LORA_A if side in ("a", "A", "down") else LORA_B
         return Name(pair, label, orientation, qwix["weight"] if qwix else None)

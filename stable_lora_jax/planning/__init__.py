@@ -1,10 +1,13 @@
 """What a training step needs on a TPU slice: found by compiling for it, or estimated, without a chip at hand."""
 
-from stable_lora_jax.planning.plan import Exchange, Plan, has_tpu_compiler, plan_step, topology_devices
-from stable_lora_jax.planning.program import Collective, read_collectives
-from stable_lora_jax.planning.topology import CHIPS, Chip, Topology, parse_topology
-from stable_lora_jax.planning.work import Work, compiled_work, estimated_work
-from stable_lora_jax.planning.workload import Workload, lower
+from stable_lora_jax.extras import needs
+
+with needs("train"):
+    from stable_lora_jax.planning.plan import Exchange, Plan, has_tpu_compiler, plan_step, topology_devices
+    from stable_lora_jax.planning.program import Collective, read_collectives
+    from stable_lora_jax.planning.topology import CHIPS, Chip, Topology, parse_topology
+    from stable_lora_jax.planning.work import Work, compiled_work, estimated_work
+    from stable_lora_jax.planning.workload import Workload, lower
 
 __all__ = [
     "CHIPS",

@@ -1,24 +1,27 @@
 """Training of adapters: methods, losses, the step, and the loop around it."""
 
-from stable_lora_jax.training.checkpoints import CheckpointError, Checkpoints, checkpoints, newest_step
-from stable_lora_jax.training.distributed import LostProcessError, is_first, join_processes, wait_for_all
-from stable_lora_jax.training.loggers import LOGGERS, check_logger, sign_in
-from stable_lora_jax.training.loop import NonFiniteLossError, TrainResult, check_intervals, train
-from stable_lora_jax.training.loss import LOSSES, Loss, make_loss
-from stable_lora_jax.training.methods import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
-from stable_lora_jax.training.metrics import MetricsFile, read_metrics, stop_steps
-from stable_lora_jax.training.sharding import make_mesh
-from stable_lora_jax.training.step import (
-    Frozen,
-    StepMetrics,
-    TrainState,
-    compile_step,
-    init_state,
-    join_model,
-    split_model,
-    train_step,
-)
-from stable_lora_jax.training.sweep import SweepPoint, SweepResult, compile_sweep_step, train_sweep
+from stable_lora_jax.extras import needs
+
+with needs("train"):
+    from stable_lora_jax.training.checkpoints import CheckpointError, Checkpoints, checkpoints, newest_step
+    from stable_lora_jax.training.distributed import LostProcessError, is_first, join_processes, wait_for_all
+    from stable_lora_jax.training.loggers import LOGGERS, check_logger, sign_in
+    from stable_lora_jax.training.loop import NonFiniteLossError, TrainResult, check_intervals, train
+    from stable_lora_jax.training.loss import LOSSES, Loss, make_loss
+    from stable_lora_jax.training.methods import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
+    from stable_lora_jax.training.metrics import MetricsFile, read_metrics, stop_steps
+    from stable_lora_jax.training.sharding import make_mesh
+    from stable_lora_jax.training.step import (
+        Frozen,
+        StepMetrics,
+        TrainState,
+        compile_step,
+        init_state,
+        join_model,
+        split_model,
+        train_step,
+    )
+    from stable_lora_jax.training.sweep import SweepPoint, SweepResult, compile_sweep_step, train_sweep
 
 __all__ = [
     "LOGGERS",

@@ -33,7 +33,7 @@ def check_logger(name: str) -> None:
     if name not in LOGGERS:
         raise ValueError(f"log={name!r} is unknown. Known: {', '.join(LOGGERS)}.")
     if importlib.util.find_spec(LOGGERS[name]) is None:
-        raise ValueError(f"log={name!r} needs the package {LOGGERS[name]}. Install stable-lora-jax[{name}].")
+        raise ValueError(f"log={name!r} needs the package {LOGGERS[name]}. Run: pip install 'stable-lora-jax[{name}]'")
 
 
 def sign_in(name: str) -> None:
