@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.bench_train import ANSWER, BATCH, peak_gigabytes, random_rows, timed
+from experiments.bench_timing import ANSWER, BATCH, peak_gigabytes, random_rows, timed
 from experiments.provenance import commit, machine, versions
 
 

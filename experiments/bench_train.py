@@ -14,22 +14,17 @@ the rate of a product of the model's own shapes, measured in each round, in XLA 
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tyro
 
 from experiments.provenance import commit, machine
 
-BATCH, ANSWER, VOCABULARY = 8, 8, 49152
-FROZEN_LAYER_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
 CONTENDERS = ("ours", "bare", "peft")
 
 
@@ -115,27 +110,6 @@ def table(result: dict[str, Any]) -> str:
             + f"{ours['compile_seconds']:.1f} | {ours['peak_gigabytes']:.2f} |"
         )
     return "\n".join(rows)
-
-
-def random_rows(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens (batch, length) and the answers (batch, ANSWER) that the last positions predict."""
-    rng = np.random.default_rng(0)
-    return rng.integers(0, VOCABULARY, (BATCH, length)), rng.integers(0, VOCABULARY, (BATCH, ANSWER))
-
-
-def peak_gigabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def timed(step: Any, count: int) -> list[float]:
-    """Returns the seconds of `count` calls, after one that is not counted."""
-    step()
-    seconds = []
-    for _ in range(count):
-        start = time.perf_counter()
-        step()
-        seconds.append(round(time.perf_counter() - start, 4))
-    return seconds
 
 
 if __name__ == "__main__":

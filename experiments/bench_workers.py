@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench_train import (
+from experiments.bench_timing import (
     ANSWER,
     BATCH,
     FROZEN_LAYER_WEIGHTS,

@@ -23,10 +23,9 @@ import numpy as np
 from filelock import FileLock
 
 from experiments.provenance import provenance
-from stable_lora_jax.cli.adapters import load_with_adapter
-from stable_lora_jax.cli.train import TrainConfig, described, train_command, training_items
 from stable_lora_jax.data import Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import NonFiniteScoreError, evaluate
+from stable_lora_jax.finetune import TrainConfig, finetune, fingerprint, load_with_adapter, training_items
 from stable_lora_jax.training import NonFiniteLossError, newest_step, read_metrics, stop_steps
 
 Record: TypeAlias = dict[str, Any]
@@ -98,7 +97,7 @@ class Cell:
     def described(self) -> Record:
         """Returns what stands in the cell's line, and decides its key."""
         scored = {"score_on": self.score_on} | ({"scoring": self.scoring} if self.scoring else {})
-        return {"train": described(self.train)} | scored
+        return {"train": fingerprint(self.train)} | scored
 
 
 def cell_of(line: Record) -> Cell:
@@ -143,7 +142,8 @@ def _records(groups: Sequence[Sequence[Cell]], options: Options, runs: Path, sco
     elif groups:
         from experiments.on_ray import run_on_ray
 
-        yield from run_on_ray(groups, runs, score, options.ray)
+        where = runs.resolve()  # a task may run in any directory
+        yield from run_on_ray(groups, lambda group: run_group(group, where, score), options.ray)
 
 
 def run_group(group: Sequence[Cell], runs: Path, score: Score) -> Iterator[Record]:
@@ -231,7 +231,7 @@ def _groups(cells: Sequence[Cell], together: int) -> list[list[Cell]]:
 
     alike: dict[str, list[Cell]] = {}
     for cell in cells:
-        rest = {name: value for name, value in described(cell.train).items() if name not in VARYING}
+        rest = {name: value for name, value in fingerprint(cell.train).items() if name not in VARYING}
         alike.setdefault(json.dumps(rest, sort_keys=True), []).append(cell)
     return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
 
@@ -246,7 +246,7 @@ def train_cells(group: Sequence[Cell], runs: Path) -> list[Record]:
     directory, start = runs / cell.key, time.perf_counter()
     resume = newest_step(directory / "checkpoints") is not None
     try:
-        result = train_command(replace(cell.train, run_dir=directory, resume=resume, overwrite=not resume))
+        result = finetune(replace(cell.train, run_dir=directory, resume=resume, overwrite=not resume))
     except NonFiniteLossError as error:
         return [{"failed": str(error)}]
     if result.stopped_by:

@@ -20,9 +20,9 @@ import tyro
 from experiments import tables
 from experiments.cells import Cell, Options, Record, bits, read_lines, run_cells, training
 from experiments.smoke import smoke
-from stable_lora_jax.cli.adapters import load_with_adapter
 from stable_lora_jax.data import Completion, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import exact_match
+from stable_lora_jax.finetune import load_with_adapter
 from stable_lora_jax.models import generate
 
 AT_ONCE = 64  # problems answered at once

@@ -20,11 +20,10 @@ from typing import Any
 import tyro
 
 from experiments.provenance import commit, has_bfloat16, machine, versions
-from stable_lora_jax.cli.adapters import load_with_adapter
-from stable_lora_jax.cli.plots import PlotsConfig, plots_command
-from stable_lora_jax.cli.train import TrainConfig, train_command
 from stable_lora_jax.data import encode_all, load_task, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.finetune import TrainConfig, finetune, load_with_adapter
+from stable_lora_jax.plots import save_figures
 from stable_lora_jax.training import read_metrics, stop_steps
 
 METHODS = ("adamw", "stable-lora")
@@ -57,7 +56,7 @@ def main(config: DemoConfig) -> None:
         run = config.out / method
         print(f"{2 + 2 * number}/5  Training with {method}", flush=True)
         start = time.perf_counter()
-        train_command(
+        finetune(
             TrainConfig(
                 method=method,
                 lam=0.005,
@@ -77,7 +76,7 @@ def main(config: DemoConfig) -> None:
     results["minutes"] = round((time.perf_counter() - began) / 60, 1)
     results["commit"] = commit()
     results["machine"] = machine() | versions("jax", "flax", "optax", "stable-lora-jax")
-    plots_command(PlotsConfig(runs=tuple(config.out / method for method in METHODS), out=config.out))
+    save_figures(tuple(config.out / method for method in METHODS), config.out)
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (config.out / "report.md").write_text(report(results))
     print(f"\n{report(results)}\nWritten to {config.out}")

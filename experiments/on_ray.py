@@ -6,21 +6,20 @@ paths, as in a shared file system.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-from experiments.cells import Cell, Record, Score, run_group
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 
-def run_on_ray(groups: Sequence[Sequence[Cell]], runs: Path, score: Score, cores: int) -> Iterator[Record]:
+def run_on_ray(
+    groups: Sequence[Sequence[Any]], run_group: Callable[[Sequence[Any]], Iterable[dict[str, Any]]], cores: int
+) -> Iterator[dict[str, Any]]:
     """Yields the lines of all groups, those of a group together, in the order in which they end.
 
     The cluster is the one that this process is connected to, else that of RAY_ADDRESS, else one of this machine alone.
 
     Args:
       groups: cells to train at once, a task each.
-      runs: folder of the run directories.
-      score: as in `run_cells`.
+      run_group: trains and scores a group, and yields its lines; paths in it must be absolute.
       cores: CPU cores that a task takes; it takes one GPU too, where the cluster has any.
 
     Raises:
@@ -31,13 +30,15 @@ def run_on_ray(groups: Sequence[Sequence[Cell]], runs: Path, score: Score, cores
         import ray
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--ray needs Ray. Install stable-lora-jax[ray], or leave --ray out.") from error
+        raise ModuleNotFoundError(
+            "--ray needs Ray. Run: pip install 'stable-lora-jax[ray]', or leave --ray out."
+        ) from error
     if not ray.is_initialized():
         ray.init()
-    gpus, runs = 1 if ray.cluster_resources().get("GPU") else 0, runs.resolve()
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
 
-    def lines_of(group: Sequence[Cell]) -> list[Record]:
-        return list(run_group(group, runs, score))
+    def lines_of(group: Sequence[Any]) -> list[dict[str, Any]]:
+        return list(run_group(group))
 
     task = ray.remote(num_cpus=cores, num_gpus=gpus)(lines_of)
     waiting, errors = [task.remote(group) for group in groups], []

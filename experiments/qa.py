@@ -26,9 +26,9 @@ from experiments.cells import Cell, Options, Record, append, questions, read_lin
 from experiments.provenance import provenance
 from experiments.qa_tables import report
 from experiments.smoke import smoke
-from stable_lora_jax.cli.adapters import load_with_adapter
 from stable_lora_jax.data import encode_all, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.finetune import load_with_adapter
 from stable_lora_jax.training import METHODS
 
 NUMBERS = ("learning_rate", "alpha", "lam")

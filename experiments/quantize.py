@@ -20,10 +20,9 @@ import tyro
 from flax import nnx
 
 from experiments.provenance import commit, machine, versions
-from stable_lora_jax.cli.adapters import load_with_adapter
-from stable_lora_jax.cli.train import TrainConfig, load_base, train_command
 from stable_lora_jax.data import Encoded, encode_all, load_task, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.finetune import TrainConfig, finetune, load_base, load_with_adapter
 
 BASES: dict[str, tuple[str, Literal["int8", "nf4"] | None]] = {
     "float32": ("float32", None),
@@ -70,7 +69,7 @@ def row(name: str, config: QuantizeConfig, examples: list[Encoded]) -> dict[str,
     measured: dict[str, Any] = {"base_bytes": base_bytes(base), "before": evaluate(base, examples).summary()}
     run = config.runs / name
     start = time.perf_counter()
-    train_command(
+    finetune(
         TrainConfig(steps=config.steps, dtype=dtype, quantize=quantize, norms_every=60, run_dir=run, overwrite=True)
     )
     measured["train_seconds"] = round(time.perf_counter() - start, 1)

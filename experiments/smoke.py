@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flax import nnx
+
 from experiments.cells import Options, cell_of, train_cells
+from stable_lora_jax.models import Decoder, DecoderConfig, save_huggingface
 from stable_lora_jax.training import read_metrics
-from tests.models import tiny  # the tests' tiny model, so that there is one
 
 Config = TypeVar("Config", bound=Options)
 STEPS = 4
@@ -32,7 +34,7 @@ def smoke(config: Config, **changes: Any) -> Iterator[Config]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         # Every letter is a token of the tiny model, and GSM8K's worked solutions are a few hundred letters long.
-        model, data = tiny.save_with_tokenizer(root / "model", max_positions=512), root / "sums.jsonl"
+        model, data = tiny_model(root / "model"), root / "sums.jsonl"
         sums = [(i, j) for i in range(4) for j in range(6)]
         lines = [{"question": f"{i}+{j}?", "choices": [str(i + j), "x"], "answer_index": 0} for i, j in sums]
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -43,6 +45,31 @@ def smoke(config: Config, **changes: Any) -> Iterator[Config]:
         yield small
         check_resume(small)
     print("smoke: all well")
+
+
+def tiny_model(directory: Path) -> Path:
+    """Writes a random decoder of a few thousand parameters, with a tokenizer of single bytes, and returns where."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    config = DecoderConfig(
+        vocab_size=260,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=4,
+        rms_norm_eps=1e-5,
+        max_positions=512,
+    )
+    save_huggingface(directory, Decoder(config, rngs=nnx.Rngs(0)))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    return directory
 
 
 def check_resume(config: Options) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from flax import nnx
 
-from stable_lora_jax.cli.train import TrainConfig, load_base, load_training_examples, total_steps, update_rule
 from stable_lora_jax.data import TrainBatches
+from stable_lora_jax.finetune import TrainConfig, load_base, load_training_examples, total_steps, update_rule
 from stable_lora_jax.lora import inject_lora, lora_modules, save_adapter
 from stable_lora_jax.models import Decoder
 from stable_lora_jax.training import SweepPoint, make_loss, split_model, train_sweep

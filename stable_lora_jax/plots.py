@@ -1,6 +1,6 @@
 """Figures of a run, from its metrics.jsonl alone: how each pair's norms and gap move, and where it becomes stable."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,36 @@ with needs("train"):
     from matplotlib.figure import Figure
 
 _ROWS = (("norm_a", "‖A‖"), ("norm_b", "‖B‖"), ("gap", "gap = (‖A‖/n) / (‖B‖/m)"))
+
+
+def save_figures(runs: Sequence[Path], out: Path | None = None, file_format: str = "png") -> list[Path]:
+    """Draws norms and gap of each run and the losses of all, and returns the files written.
+
+    Args:
+      runs: run directories.
+      out: folder for the figures; each run's own, and the first run's for the losses, if None.
+      file_format: png, svg or pdf.
+    """
+    figures, labels = {}, _labels(runs)
+    for label, run in labels.items():
+        stem = "norms" if out is None else f"{label.replace('/', '-')}-norms"
+        file, number = (out or run) / f"{stem}.{file_format}", 1
+        while file in figures:  # the same name once its slashes are hyphens
+            number += 1
+            file = file.with_name(f"{stem}-{number}.{file_format}")
+        figures[file] = plot_norms(run)
+    losses = plot_losses(labels)
+    figures[(out or runs[0]) / f"losses.{file_format}"] = losses
+    for path, figure in figures.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return list(figures)
+
+
+def _labels(runs: Sequence[Path]) -> dict[str, Path]:
+    """Returns label -> run: the directory's name, or its path where two have the same name."""
+    names = [run.name for run in runs]
+    return {run.name if names.count(run.name) == 1 else run.as_posix().strip("/"): run for run in runs}
 
 
 def plot_norms(run: Path) -> Figure:

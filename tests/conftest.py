@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
+from pathlib import Path
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -22,3 +25,22 @@ install_import_hook("stable_lora_jax", f"{typechecking.__name__}.checked")
 @pytest.fixture
 def eight_devices() -> list[jax.Device]:
     return jax.devices()[:8]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    from tests.models import tiny  # once the import hook is there
+
+    return tiny.save_with_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    records = [
+        {"question": f"{i}+{j}?", "choices": [f"{i + j:02}", f"{i + j + 1:02}"], "answer_index": 0}
+        for i in range(4)
+        for j in range(6)
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file

@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 
 from stable_lora_jax.assets.gguf_metadata import read_gguf_metadata
-from stable_lora_jax.cli.run_directory import check_directory
 from stable_lora_jax.data import load_jsonl
+from stable_lora_jax.finetune.run_directory import check_directory
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec, save_adapter, save_peft
 from stable_lora_jax.models import config_from_hf, huggingface_module
 from stable_lora_jax.models.gguf import open_gguf

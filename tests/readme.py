@@ -7,5 +7,5 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def programs() -> list[str]:
-    """Returns the README's Python programs: our own, with Qwix, with Tunix."""
+    """Returns the README's Python programs: on a pytree, with Flax, with Qwix, with Tunix."""
     return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Qwix uses what Flax has renamed
 def test_the_readme_programs_run(capsys):
-    ours, with_qwix, _ = programs()
+    on_a_pytree, ours, with_qwix, _ = programs()
+    exec(on_a_pytree, {})
+    assert "PairStability(norm_a=" in capsys.readouterr().out
     names: dict[str, Any] = {}
     exec(ours, names)
     assert re.fullmatch(r"(layers/\d/lora: gap \d+\.\d\d, (stable|still shrinking)\n){2}", capsys.readouterr().out)

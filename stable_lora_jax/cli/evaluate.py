@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stable_lora_jax.cli.adapters import base_of, given_or_trained, load_with_adapter, quantization, record_of
-from stable_lora_jax.cli.train import DTYPES, TrainConfig, known, known_data, load_training_examples, training_items
 from stable_lora_jax.data import (
     PROMPT_FORMATS,
     TASKS,
@@ -18,6 +16,19 @@ from stable_lora_jax.data import (
     load_tokenizer,
 )
 from stable_lora_jax.evaluation import Evaluation, evaluate
+from stable_lora_jax.finetune import (
+    DTYPES,
+    TrainConfig,
+    base_of,
+    check_choice,
+    check_data,
+    given_or_trained,
+    load_training_examples,
+    load_with_adapter,
+    quantization,
+    record_of,
+    training_items,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +59,10 @@ class EvalConfig:
     """Write the figures to this JSON file too."""
 
     def __post_init__(self):
-        known("dtype", self.dtype, tuple(DTYPES))
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         if self.prompt_format is not None:
-            known("prompt_format", self.prompt_format, PROMPT_FORMATS)
-        known_data(self.data)
+            check_choice("prompt_format", self.prompt_format, PROMPT_FORMATS)
+        check_data(self.data)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} is below 1. Leave it out to score every question.")
 

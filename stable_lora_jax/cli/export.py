@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from stable_lora_jax.cli.adapters import HUB_NAMES, adapter_file, base_of, load_with_adapter, record_of
-from stable_lora_jax.cli.train import known
 from stable_lora_jax.data import load_tokenizer
+from stable_lora_jax.finetune import HUB_NAMES, adapter_file, base_of, check_choice, load_with_adapter, record_of
 from stable_lora_jax.lora import TARGETS, AdapterSpec, merge_lora, read_adapter_spec, save_peft
 from stable_lora_jax.models import huggingface_module, save_huggingface
 
@@ -35,7 +34,7 @@ class ExportConfig:
     """merged: of the weights, float32 or bfloat16."""
 
     def __post_init__(self):
-        known("format", self.format, ("peft", "merged"))
+        check_choice("format", self.format, ("peft", "merged"))
         for other, name in (("merged", "base"), ("peft", "dtype")):
             if self.format == other and getattr(self, name) != getattr(ExportConfig, name):
                 raise ValueError(f"{name} says nothing about {other}. Leave it out, or choose the other format.")

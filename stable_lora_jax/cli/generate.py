@@ -6,8 +6,8 @@ from typing import Literal
 
 import jax
 
-from stable_lora_jax.cli.adapters import base_of, load_with_adapter, quantization, record_of
 from stable_lora_jax.data import has_chat_template, load_tokenizer, render_chat
+from stable_lora_jax.finetune import base_of, load_with_adapter, quantization, record_of
 from stable_lora_jax.models import stream
 
 

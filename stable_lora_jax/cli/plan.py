@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from stable_lora_jax.cli.train import DTYPES, known, parse_mesh
+from stable_lora_jax.finetune import DTYPES, check_choice, parse_mesh
 from stable_lora_jax.models import DecoderConfig, config_from_hf
 from stable_lora_jax.models.huggingface import read_json
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
@@ -50,8 +50,8 @@ class PlanConfig:
     """Write the plan to this JSON file too."""
 
     def __post_init__(self):
-        known("method", self.method, METHODS)
-        known("dtype", self.dtype, tuple(DTYPES))
+        check_choice("method", self.method, METHODS)
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         if (self.price_per_chip_hour is None) != (self.steps is None):
             raise ValueError("The cost of a run takes both --price-per-chip-hour and --steps. Give both or neither.")
         if min(self.price_per_chip_hour or 0, self.steps or 0) < 0:

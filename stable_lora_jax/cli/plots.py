@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from stable_lora_jax.cli.train import known
-from stable_lora_jax.plots import plot_losses, plot_norms
+from stable_lora_jax.finetune import check_choice
+from stable_lora_jax.plots import save_figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,29 +23,12 @@ class PlotsConfig:
     def __post_init__(self):
         if not self.runs:
             raise ValueError("export-plots got no run directory. Give at least one, e.g. runs/demo/stable-lora.")
-        known("file_format", self.file_format, ("png", "svg", "pdf"))
+        check_choice("file_format", self.file_format, ("png", "svg", "pdf"))
 
 
 def plots_command(config: PlotsConfig) -> list[Path]:
     """Runs `stable-lora export-plots` and returns the files written; see `PlotsConfig`."""
-    figures, labels = {}, _labels(config.runs)
-    for label, run in labels.items():
-        stem = "norms" if config.out is None else f"{label.replace('/', '-')}-norms"
-        file, number = (config.out or run) / f"{stem}.{config.file_format}", 1
-        while file in figures:  # the same name once its slashes are hyphens
-            number += 1
-            file = file.with_name(f"{stem}-{number}.{config.file_format}")
-        figures[file] = plot_norms(run)
-    losses = plot_losses(labels)
-    figures[(config.out or config.runs[0]) / f"losses.{config.file_format}"] = losses
-    for path, figure in figures.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        print(path)
-    return list(figures)
-
-
-def _labels(runs: tuple[Path, ...]) -> dict[str, Path]:
-    """Returns label -> run: the directory's name, or its path where two have the same name."""
-    names = [run.name for run in runs]
-    return {run.name if names.count(run.name) == 1 else run.as_posix().strip("/"): run for run in runs}
+    files = save_figures(config.runs, config.out, config.file_format)
+    for file in files:
+        print(file)
+    return files

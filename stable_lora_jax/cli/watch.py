@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
-from stable_lora_jax.cli.run_directory import ADAPTER
+from stable_lora_jax.finetune import ADAPTER
 from stable_lora_jax.plots import plot_losses, plot_norms
 from stable_lora_jax.training import read_metrics, stop_steps
 

@@ -6,13 +6,8 @@ one, give it ``static_args=("labels", "stack_axes")``.
 """
 
 from stable_lora_jax.optim.lora_plus import lora_plus
-from stable_lora_jax.optim.lora_rite import (
-    LoraRiteReport,
-    LoraRiteState,
-    lora_rite,
-    lora_rite_report,
-    scale_by_lora_rite,
-)
+from stable_lora_jax.optim.lora_rite import LoraRiteState, lora_rite, scale_by_lora_rite
+from stable_lora_jax.optim.lora_rite_report import LoraRiteReport, lora_rite_report
 from stable_lora_jax.optim.pairs import Pair, PairSpec, find_pairs, lora_labels
 from stable_lora_jax.optim.riemannian import RiemannianState, riemannian_adamw, scale_by_riemannian
 from stable_lora_jax.optim.stability import PairStability, reset_stability, stability

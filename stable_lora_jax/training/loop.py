@@ -51,9 +51,10 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended: steps done, the signal that stopped it early if any, and the last step's loss."""
+    """How training ended: steps done and in all, the signal that stopped it early if any, and the last step's loss."""
 
     steps: int
+    total_steps: int
     stopped_by: signal.Signals | None
     loss: float | None
 
@@ -161,7 +162,7 @@ def train(
         saved.save(state, mean_loss)
     # Back to where they came from: the rest of the model never moved to the mesh.
     nnx.update(model, jax.device_put(jax.device_get(state.adapters), jax.tree.map(lambda x: x.sharding, adapters)))
-    return TrainResult(int(state.step), stopped_by, record.loss)
+    return TrainResult(int(state.step), total_steps, stopped_by, record.loss)
 
 
 def check_intervals(**steps: int) -> None:

@@ -172,7 +172,7 @@ def without_weights(model: Path) -> None:
 
 
 def of_another_architecture(model: Path) -> None:
-    change_configuration(model, architectures=["GPT2LMHeadModel"])
+    change_configuration(model, model_type="gpt2", architectures=["GPT2LMHeadModel"])
 
 
 def with_another_width(model: Path) -> None:
@@ -278,7 +278,7 @@ def test_records_that_are_none(flags, tmp_path, capsys, record):
         ("generate --prompt a --model MODEL --temperature nan", "temperature=nan with key=None"),
         ("generate --prompt a --model MODEL --temperature inf", "temperature=inf with key="),
         ("plan --estimate --model smollm2-135m --targets-per-row 0", "num_targets=0 is below 1"),
-        ("generate --prompt a --model MODEL --form chat", "the tokenizer of MODEL has none"),
+        ("generate --prompt a --model MODEL --form chat", "the tokenizer MODEL has no chat template"),
         ("export x y", "no adapter file"),
         ("export x y --format merged --base z", "base says nothing about merged"),
         ("export x y --dtype bfloat16", "dtype says nothing about peft"),

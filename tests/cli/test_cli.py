@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,12 @@ import pytest
 from flax import nnx
 
 from stable_lora_jax import training
-from stable_lora_jax.cli import main, run_directory
-from stable_lora_jax.cli.adapters import base_of, load_with_adapter
+from stable_lora_jax.cli import main
 from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.finetune import base_of, load_with_adapter, run_directory
 from stable_lora_jax.lora import read_adapter_spec, save_adapter
-from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError, read_metrics
+from stable_lora_jax.training import read_metrics
 
 
 def code_of(arguments) -> int:
@@ -256,7 +255,7 @@ def test_a_model_that_devices_share_is_loaded_on_the_host(train_flags, tmp_path,
         models.append((model, {device for leaf in jax.tree.leaves(nnx.state(model)) for device in leaf.devices()}))
         return training.train(model, *args, **kwargs)
 
-    monkeypatch.setattr("stable_lora_jax.cli.train.train", spy)
+    monkeypatch.setattr("stable_lora_jax.finetune.run.train", spy)
     flags = [*train_flags, "--steps", 2, "--quantize", "nf4", "--dropout", 0.1]
     shared, local = [*flags, "--mesh", "data=2,fsdp=2"], jax.local_devices
     assert code_of([*shared, "--run-dir", tmp_path / "first"]) == 0
@@ -381,43 +380,6 @@ def test_a_run_goes_on_with_its_own_data_alone(train_flags, finished, data_file,
         message = capsys.readouterr().err
         assert f"was started on other data (examples_sha256: run '{config['examples_sha256']}', now" in message
         assert "total_steps" not in message
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (ValueError("bad"), 2),
-        (OSError("unreadable"), 2),
-        (NonFiniteLossError("nan"), 2),
-        (CheckpointError("disk full"), 1),
-        (LostProcessError("gone"), 1),
-    ],
-)
-def test_exit_codes_tell_what_the_same_command_may_get_past(monkeypatch, capsys, error, code):
-    monkeypatch.setattr("stable_lora_jax.cli.train.train_command", raising(error))
-    monkeypatch.setattr("os._exit", sys.exit)
-    assert code_of(["train"]) == code
-    assert capsys.readouterr().err == f"stable-lora: {error}\n"
-
-
-def test_an_interrupt_before_training_ends_quietly(monkeypatch, capsys):
-    monkeypatch.setattr("stable_lora_jax.cli.train.train_command", raising(KeyboardInterrupt()))
-    assert code_of(["train"]) == 128 + signal.SIGINT
-    assert capsys.readouterr().err == "stable-lora: interrupted\n"
-
-
-@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, RuntimeError])
-def test_errors_of_the_runtime_keep_their_traceback(monkeypatch, kind):
-    monkeypatch.setattr("stable_lora_jax.cli.train.train_command", raising(kind("out of memory")))
-    with pytest.raises(kind, match="out of memory"):
-        main(["train"])
-
-
-def raising(error):
-    def command(config):
-        raise error
-
-    return command
 
 
 def last_step(metrics) -> int:

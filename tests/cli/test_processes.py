@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from stable_lora_jax.cli.run_directory import alone_in
+from stable_lora_jax.finetune.run_directory import exclusive_lock
 from stable_lora_jax.training import newest_step, read_metrics
 from tests.cli.test_cli import code_of
 
@@ -95,7 +95,7 @@ def test_one_run_by_two_processes_then_four_then_one(flags, tmp_path, capsys):
     assert {step: by_four[step] for step in range(1, kept + 1)} == {step: by_two[step] for step in range(1, kept + 1)}
 
     # One process finishes, once no other is there.
-    with alone_in(run):
+    with exclusive_lock(run):
         assert code_of([*flags, "--run-dir", run, "--resume"]) == 2
     assert "Another process trains in" in capsys.readouterr().err
     assert code_of([*flags, "--run-dir", run, "--resume"]) == 0

@@ -71,7 +71,7 @@ def test_the_readme_program_runs():
     model = adapted()
     start = model.layers[0].attn.q_proj.w_lora_a[...].copy()
     names = {"model": model, "model_input": model_input, "batches": batches(30)}
-    exec(programs()[2], names)
+    exec(programs()[3], names)
     assert names["stable"].keys() == set(NAMES)
     shrunk = jnp.linalg.norm(model.layers[0].attn.q_proj.w_lora_a[...]) / jnp.linalg.norm(start)
     np.testing.assert_allclose(shrunk, (1 - 0.005) ** 30, rtol=0.05)  # AdamW moves A too

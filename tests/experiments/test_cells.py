@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments.cells import Cell, Options, append, finished, part_of, read_lines, run_cells, stable_at
-from stable_lora_jax.cli.train import TrainConfig
+from stable_lora_jax.finetune import TrainConfig
 from tests.models import tiny
 
 
@@ -102,7 +102,7 @@ def test_ray_runs_what_is_missing(base, tmp_path, monkeypatch):
 
 def test_without_ray_the_error_names_the_extra(base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModuleNotFoundError, match=r"--ray needs Ray. Install stable-lora-jax\[ray\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"--ray needs Ray. Run: pip install 'stable-lora-jax\[ray\]'"):
         run_cells("x", [Cell(train=base)], options_in(tmp_path, ray=1))
 
 

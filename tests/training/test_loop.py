@@ -218,7 +218,7 @@ def test_an_update_that_is_not_finite_is_never_saved(tmp_path):
 def test_a_damaged_line_is_not_taken_for_the_end(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n<<<<<<< HEAD\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 of 3 is no JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 of 3 is not a JSON object"):
         read_metrics(file)
     file.write_text('{"step": 1}\n{"step": 2')
     assert read_metrics(file) == [{"step": 1}]

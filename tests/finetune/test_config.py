@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stable_lora_jax.cli.train import TrainConfig, total_steps, update_rule
+from stable_lora_jax.finetune import TrainConfig, total_steps, update_rule
 from stable_lora_jax.lora import read_adapter_spec
 from tests.cli.test_cli import code_of
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stable_lora_jax.cli.run_directory import alone_in, check_directory, last_start, prepare_directory
+from stable_lora_jax.finetune.run_directory import check_directory, exclusive_lock, last_start, prepare_directory
 
 CONFIG, DATA = {"rank": 2}, {"total_steps": 6, "examples_sha256": "ab"}
 PLAIN = {"auto_resume": False, "overwrite": False}
@@ -115,7 +115,9 @@ def test_of_two_starts_the_second_is_refused(tmp_path, asked, there):
 def test_one_of_two_that_start_at_once_makes_the_checkpoints(tmp_path, monkeypatch):
     """Both have looked; the other makes checkpoints/ between the last look and ours."""
     run = tmp_path / "run"
-    monkeypatch.setattr("stable_lora_jax.cli.run_directory.check_directory", lambda *_, **__: fill(run, "checkpoints/"))
+    monkeypatch.setattr(
+        "stable_lora_jax.finetune.run_directory.check_directory", lambda *_, **__: fill(run, "checkpoints/")
+    )
     with pytest.raises(ValueError, match="Another run has begun"):
         prepare_directory(run, CONFIG, DATA, (None, None), **PLAIN)
     assert os.listdir(run) == ["checkpoints"]
@@ -123,20 +125,20 @@ def test_one_of_two_that_start_at_once_makes_the_checkpoints(tmp_path, monkeypat
 
 def test_a_process_is_alone_until_it_is_killed(tmp_path):
     run = tmp_path / "run"
-    program = "import sys, pathlib\nfrom stable_lora_jax.cli.run_directory import alone_in\n"
-    program += "with alone_in(pathlib.Path(sys.argv[1])):\n    print('there', flush=True)\n    input()\n"
+    program = "import sys, pathlib\nfrom stable_lora_jax.finetune.run_directory import exclusive_lock\n"
+    program += "with exclusive_lock(pathlib.Path(sys.argv[1])):\n    print('there', flush=True)\n    input()\n"
     with subprocess.Popen(
         [sys.executable, "-c", program, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "there\n"
-        with pytest.raises(ValueError, match=r"Another process trains in .*run right now"), alone_in(run):
+        with pytest.raises(ValueError, match=r"Another process trains in .*run right now"), exclusive_lock(run):
             pass
         other.kill()
     for _ in range(2):
-        with alone_in(run):
+        with exclusive_lock(run):
             assert not start(run, PLAIN)  # what keeps others out counts as nothing there
-            with pytest.raises(ValueError, match="right now"), alone_in(run):
+            with pytest.raises(ValueError, match="right now"), exclusive_lock(run):
                 pass
         (run / "checkpoints").rmdir()
         (run / "config.json").unlink()

@@ -2,7 +2,7 @@
 
 The directory itself is never deleted: it may be a link or a mount. A run owns it once it has made checkpoints/ there,
 which only one of those that start at once can. config.json stays until the next one takes its place, so that a start
-that is killed leaves what may be started over. While it is carried out, `alone_in` keeps others out.
+that is killed leaves what may be started over. While it is carried out, `exclusive_lock` keeps others out.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ def last_start(directory: Path) -> tuple[int | None, ...]:
 
 
 @contextlib.contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
+def exclusive_lock(directory: Path) -> Iterator[None]:
     """Makes a run's directory if need be, and keeps other processes out of it until the block or this process ends.
 
     Raises:

@@ -6,11 +6,11 @@ from typing import Any
 
 from flax import nnx
 
-from stable_lora_jax.cli.run_directory import ADAPTER, CHECKPOINTS, CONFIG
-from stable_lora_jax.cli.train import DTYPES, TrainConfig, known, load_base
-from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec, same_base
+from stable_lora_jax.finetune.config import DTYPES, TrainConfig, check_choice
+from stable_lora_jax.finetune.run_directory import ADAPTER, CHECKPOINTS, CONFIG
+from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, quantize_linears, read_adapter_spec, same_base
 from stable_lora_jax.lora.peft_directory import CONFIG as PEFT_CONFIG
-from stable_lora_jax.models import Decoder, huggingface_module
+from stable_lora_jax.models import Decoder, huggingface_module, load_model
 from stable_lora_jax.models.huggingface import read_json
 
 # The names under which others know what an alias of ours stands for.
@@ -70,7 +70,7 @@ def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", q
     Raises:
       ValueError: an adapter that belongs to another base model; an unknown dtype or quantization.
     """
-    known("dtype", dtype, tuple(DTYPES))
+    check_choice("dtype", dtype, tuple(DTYPES))
     if adapter is None:
         return load_base(name, dtype, quantize)
     if (adapter / PEFT_CONFIG).is_file():
@@ -91,3 +91,9 @@ def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", q
     if spec.base != name:
         print(f"{file}: trained on {spec.base}, loaded onto {name}", file=sys.stderr)
     return model
+
+
+def load_base(name: str, dtype: str, quantize: str | None, *, remat: bool = False) -> Decoder:
+    """Returns a base model: `name` as `load_model` takes it, a dtype of `DTYPES`, and int8, nf4 or None."""
+    model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype], remat=remat)
+    return quantize_linears(model, quantize) if quantize else model

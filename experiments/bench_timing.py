@@ -1,0 +1,32 @@
+"""What the benchmarks share: rows to work on, the clock, and the memory."""
+
+import resource
+import time
+from typing import Any
+
+import numpy as np
+
+# SmolLM2-135M: rows a step, answer tokens a row, and what its layers hold.
+BATCH, ANSWER, VOCABULARY = 8, 8, 49152
+FROZEN_LAYER_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+
+
+def random_rows(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens (batch, length) and the answers (batch, ANSWER) that the last positions predict."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, VOCABULARY, (BATCH, length)), rng.integers(0, VOCABULARY, (BATCH, ANSWER))
+
+
+def timed(step: Any, count: int) -> list[float]:
+    """Returns the seconds of `count` calls, after one that is not counted."""
+    step()
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        seconds.append(round(time.perf_counter() - start, 4))
+    return seconds
+
+
+def peak_gigabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

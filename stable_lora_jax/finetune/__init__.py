@@ -1,0 +1,58 @@
+"""The job library: what `stable-lora train` runs, to be called from Python too.
+
+>>> from stable_lora_jax.finetune import TrainConfig, finetune
+>>> config = TrainConfig(data="arc_easy", lam=0.001, steps=20)  # result = finetune(config)
+"""
+
+from stable_lora_jax.extras import needs
+
+with needs("train"):
+    from stable_lora_jax.finetune.config import (
+        DTYPES,
+        TrainConfig,
+        check_choice,
+        check_data,
+        fingerprint,
+        parse_mesh,
+    )
+    from stable_lora_jax.finetune.loading import (
+        HUB_NAMES,
+        adapter_file,
+        base_of,
+        given_or_trained,
+        load_base,
+        load_with_adapter,
+        quantization,
+        record_of,
+    )
+    from stable_lora_jax.finetune.run import (
+        finetune,
+        load_training_examples,
+        total_steps,
+        training_items,
+        update_rule,
+    )
+    from stable_lora_jax.finetune.run_directory import ADAPTER
+
+__all__ = [
+    "ADAPTER",
+    "DTYPES",
+    "HUB_NAMES",
+    "TrainConfig",
+    "adapter_file",
+    "base_of",
+    "check_choice",
+    "check_data",
+    "finetune",
+    "fingerprint",
+    "given_or_trained",
+    "load_base",
+    "load_training_examples",
+    "load_with_adapter",
+    "parse_mesh",
+    "quantization",
+    "record_of",
+    "total_steps",
+    "training_items",
+    "update_rule",
+]
