@@ -4,9 +4,10 @@ NEWEST := .venv
 OLDEST := .venv-torch
 TUNIX := .venv-tunix
 TPU := .venv-tpu
+GPU := .venv-gpu
 OUT := runs/demo
 
-.PHONY: environments demo test test-tunix test-tpu lint
+.PHONY: environments demo check test test-tunix test-tpu test-gpu-compile lint
 .PHONY: bench bench-optimizers bench-sweep quantize plan results clean
 
 environments: $(NEWEST)/installed $(OLDEST)/installed
@@ -14,11 +15,15 @@ environments: $(NEWEST)/installed $(OLDEST)/installed
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.demo --out $(OUT) $(if $(QUICK),--quick)
 
+# The loop while writing: lint, types and the fast tests, without a download.
+check: lint
+	$(NEWEST)/bin/python -m pytest --quiet --numprocesses 2 -m "not slow and not network and not processes"
+
 # Experiments, notebooks and what takes processes of its own run on the newest alone.
 test: $(NEWEST)/installed $(OLDEST)/installed
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --ignore tests/experiments --ignore tests/test_documents.py \
-	    --ignore tests/cli/test_processes.py --ignore tests/cli/test_signals.py
+	    --ignore tests/cli/test_processes.py --ignore tests/cli/test_signals.py --ignore tests/test_install.py
 
 test-tunix: $(TUNIX)/installed
 	$(TUNIX)/bin/python -m pytest tests/ecosystem/test_tunix.py
@@ -26,6 +31,10 @@ test-tunix: $(TUNIX)/installed
 # Compiles for TPUs, without one. The other tests' simulated devices are in the way, so their conftest stays out.
 test-tpu: $(TPU)/installed
 	$(TPU)/bin/python -m pytest --confcutdir tests/tpu tests/tpu
+
+# Compiles for an H100, without one, by the CUDA plugin (about 4 GB to install).
+test-gpu-compile: $(GPU)/installed
+	$(GPU)/bin/python -m pytest --confcutdir tests/gpu tests/gpu
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .
@@ -75,5 +84,10 @@ $(TPU)/installed: pyproject.toml constraints.txt
 	$(TPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tpu]'
 	touch $@
 
+$(GPU)/installed: pyproject.toml constraints.txt
+	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(GPU)
+	$(GPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cuda]'
+	touch $@
+
 clean:
-	rm -rf $(NEWEST) $(OLDEST) $(TUNIX) $(TPU) build *.egg-info
+	rm -rf $(NEWEST) $(OLDEST) $(TUNIX) $(TPU) $(GPU) build *.egg-info

@@ -44,3 +44,28 @@ def data_file(tmp_path_factory) -> Path:
     ]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file
+
+
+# What a file's tests take, beside those marked one by one: `make check` leaves these out.
+MARKS = {
+    "slow": (
+        *("ecosystem", "experiments", "planning", "training", "evaluation", "test_documents", "lora/test_quantized"),
+        *("lora/test_injection", "models/test_decoder", "models/test_parity", "models/test_generation"),
+        *("optim/test_conformance", "optim/test_wrappers", "optim/test_golden", "optim/test_layouts"),
+        *("optim/test_stable_lora", "optim/test_baselines", "cli/test_bad_input", "cli/test_cli", "cli/test_watch"),
+        "cli/test_plan",
+    ),
+    "network": (
+        *("models/test_smollm2", "lora/test_peft_directory", "data/test_prompts", "data/test_tasks"),
+        *("data/test_tokenizer", "data/test_chat", "data/test_encoding", "assets/test_gguf_metadata"),
+    ),
+    "processes": ("cli/test_processes", "cli/test_signals", "assets/test_packaged", "test_import"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        where = item.path.relative_to(Path(__file__).parent).as_posix() if "tests" in item.path.parts else ""
+        for mark, places in MARKS.items():
+            if where.startswith(places):
+                item.add_marker(mark)

@@ -22,10 +22,17 @@ from stable_lora_jax.models import Decoder
 _CHUNK = 128  # targets whose logits are in memory at once while evaluating
 
 
-def target_log_likelihoods(model: Decoder, batch: Batch) -> Float[Array, "B P"]:
-    """Returns log p of every predicted token, float32 nats; 0 in padding."""
+def target_log_likelihoods(model: Decoder, batch: Batch, *, one_branch: bool = False) -> Float[Array, "B P"]:
+    """Returns log p of every predicted token, float32 nats; 0 in padding.
+
+    Args:
+      model: with or without adapters.
+      batch: rows of examples.
+      one_branch: whether no row has more than one branch. Attention is then plainly causal, since only padding, which
+        stands last and is not read, would see what it should not; that is what fused kernels are fastest at.
+    """
     tokens, positions, segments, read_at, targets, branch, _ = map(jnp.asarray, batch)
-    hidden = model.hidden_states(tokens, positions, segments)
+    hidden = model.hidden_states(tokens, positions, None if one_branch else segments)
     read = jnp.take_along_axis(hidden, read_at[..., None], axis=1)
     return jnp.where(branch >= 0, _log_p(model, read, targets), 0.0)
 

@@ -83,6 +83,8 @@ class TrainConfig:
     """Of the base weights and the computation: float32 or bfloat16. Adapters are always float32."""
     quantize: Literal["int8", "nf4"] | None = None
     """int8 or nf4: keep the layers' base weights in 8 or 4 bits."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """How attention is computed: auto (cudnn where the device has it), xla or cudnn."""
     remat: bool = False
     """Recompute activations in the backward pass, to save memory."""
     mesh: str = ""
@@ -175,6 +177,7 @@ _FREE_ON_RESUME = {
     "log",
     "mesh",
     "remat",
+    "attention",
     "distributed",
     "coordinator",
     "processes",

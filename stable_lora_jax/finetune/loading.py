@@ -93,7 +93,7 @@ def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", q
     return model
 
 
-def load_base(name: str, dtype: str, quantize: str | None, *, remat: bool = False) -> Decoder:
+def load_base(name: str, dtype: str, quantize: str | None, *, remat: bool = False, attention: str = "auto") -> Decoder:
     """Returns a base model: `name` as `load_model` takes it, a dtype of `DTYPES`, and int8, nf4 or None."""
-    model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype], remat=remat)
+    model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype], remat=remat, attention=attention)
     return quantize_linears(model, quantize) if quantize else model

@@ -71,7 +71,7 @@ def finetune(config: TrainConfig) -> TrainResult:
     # What several devices share would not fit the first of them whole, nor beside its part: it stays on the host, from
     # where `train` gives each device its part, and to where it brings the adapters back.
     with jax.default_device(_host(mesh.size) if mesh.size > 1 else None):
-        model = load_base(config.model, config.dtype, config.quantize, remat=config.remat)
+        model = load_base(config.model, config.dtype, config.quantize, remat=config.remat, attention=config.attention)
         check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
         check_decoder(mesh, model)
         inject_lora(

@@ -3,6 +3,7 @@
 from stable_lora_jax.extras import needs
 
 with needs("train"):
+    from stable_lora_jax.models.attention import ATTENTIONS, attend, choose_attention
     from stable_lora_jax.models.cache import KVCache, init_cache
     from stable_lora_jax.models.config import DecoderConfig, Llama3RopeScaling
     from stable_lora_jax.models.decoder import Decoder
@@ -12,10 +13,13 @@ with needs("train"):
     from stable_lora_jax.models.loading import load_model
 
 __all__ = [
+    "ATTENTIONS",
     "Decoder",
     "DecoderConfig",
     "KVCache",
     "Llama3RopeScaling",
+    "attend",
+    "choose_attention",
     "config_from_hf",
     "generate",
     "huggingface_module",

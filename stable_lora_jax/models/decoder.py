@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from stable_lora_jax.models.attention import Attention, attend
 from stable_lora_jax.models.cache import KVCache
 from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.product import float32_product
@@ -33,19 +34,19 @@ _kept = partial(checkpoint_name, name="kept")
 Hidden = Float[Array, "batch length width"]
 
 
-class _Sight(NamedTuple):
+class _AttentionInputs(NamedTuple):
     """What all layers share about where tokens are and what they see."""
 
     positions: Int[Array, "#batch length"]
     rotation: Rotation
-    bias: Float[Array, "#batch 1 length 1 keys"]
+    visible: Bool[Array, "#batch length keys"] | None  # None: all before them
 
 
-class Attention(nnx.Module):
+class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary embedding."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+        self.head_dim = config.head_dim
         query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         linear = partial(nnx.Linear, kernel_init=_INIT, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.q_proj = linear(config.hidden_size, query_width, use_bias=config.qkv_bias)
@@ -54,22 +55,23 @@ class Attention(nnx.Module):
         self.o_proj = linear(query_width, config.hidden_size, use_bias=False)
 
     def __call__(
-        self, x: Hidden, sight: _Sight, cache: KVCache | None, layer: Int[Array, ""]
+        self,
+        x: Hidden,
+        inputs: _AttentionInputs,
+        implementation: Attention,
+        cache: KVCache | None,
+        layer: Int[Array, ""],
     ) -> tuple[Hidden, KVCache | None]:
         """The attended values, and the cache with this layer's keys and values when one is given."""
         batch, length, _ = x.shape
         split = (batch, length, -1, self.head_dim)
-        query = rotate(_kept(self.q_proj(x)).reshape(split), sight.rotation)
-        key = rotate(_kept(self.k_proj(x)).reshape(split), sight.rotation)
+        query = rotate(_kept(self.q_proj(x)).reshape(split), inputs.rotation)
+        key = rotate(_kept(self.k_proj(x)).reshape(split), inputs.rotation)
         value = _kept(self.v_proj(x)).reshape(split)
         if cache is not None:
-            cache = cache.write(layer, sight.positions, key, value)
+            cache = cache.write(layer, inputs.positions, key, value)
             key, value = cache.keys[layer], cache.values[layer]
-        # b batch, t query, s key, k key-value head, g query head within its group, h feature
-        query = query.reshape(batch, length, self.num_kv_heads, -1, self.head_dim) * self.head_dim**-0.5
-        scores = float32_product(query, key, (((4,), (3,)), ((0, 2), (0, 2))))  # bktgs
-        weights = jax.nn.softmax(scores + sight.bias, axis=-1).astype(value.dtype)
-        attended = _kept(jnp.einsum("bktgs,bskh->btkgh", weights, value))
+        attended = _kept(attend(query, key, value, inputs.visible, implementation))
         return _kept(self.o_proj(attended.reshape(batch, length, -1))), cache
 
 
@@ -101,15 +103,20 @@ class DecoderLayer(nnx.Module):
             param_dtype=param_dtype,
         )
         self.input_layernorm = norm()
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.self_attn = SelfAttention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.post_attention_layernorm = norm()
         self.mlp = FeedForward(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
     def __call__(
-        self, x: Hidden, sight: _Sight, cache: KVCache | None, layer: Int[Array, ""]
+        self,
+        x: Hidden,
+        inputs: _AttentionInputs,
+        implementation: Attention,
+        cache: KVCache | None,
+        layer: Int[Array, ""],
     ) -> tuple[Hidden, KVCache | None]:
         """The next residual stream, and the cache with this layer's keys and values when one is given."""
-        attended, cache = self.self_attn(self.input_layernorm(x), sight, cache, layer)
+        attended, cache = self.self_attn(self.input_layernorm(x), inputs, implementation, cache, layer)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -143,6 +150,7 @@ class Decoder(nnx.Module):
         param_dtype: of the stored parameters.
         remat: recompute each layer in the backward pass instead of storing what its projections and attention give.
         unroll: layers in one iteration of the loop over them; more take longer to compile.
+        attention: "xla" or "cudnn", as `choose_attention` says. With a cache, always "xla".
 
     Example:
         >>> import jax.numpy as jnp
@@ -168,8 +176,10 @@ class Decoder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         unroll: int = 1,
+        attention: Attention = "xla",
     ):
         self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
+        self.attention: Attention = attention
         self.placement = _AS_IT_IS
         width = config.hidden_size
 
@@ -226,10 +236,10 @@ class Decoder(nnx.Module):
         length = tokens.shape[1]
         if positions is None:
             positions = jnp.arange(length)[None]
-        visible = jnp.tril(jnp.ones((length, length), bool))[None]
+        visible = None
         if segments is not None:
-            keys = segments[:, None, :]
-            visible = visible & ((keys == segments[:, :, None]) | (keys == 0))
+            keys, causal = segments[:, None, :], jnp.tril(jnp.ones((length, length), bool))[None]
+            visible = causal & ((keys == segments[:, :, None]) | (keys == 0))
         return self._run(tokens, positions, visible, None)[0]
 
     def extend(
@@ -266,12 +276,8 @@ class Decoder(nnx.Module):
     def _run(self, tokens, positions, visible, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
         config = self.config
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        sight = _Sight(
-            positions=positions,
-            rotation=rotation_at(positions, frequencies),
-            # Added, not selected: the backward pass of an addition costs nothing.
-            bias=jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)[:, None, :, None, :],
-        )
+        inputs = _AttentionInputs(positions, rotation_at(positions, frequencies), visible)
+        implementation = self.attention if cache is None else "xla"
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
         def step(carry, xs):
@@ -279,7 +285,7 @@ class Decoder(nnx.Module):
             index, params, rest = xs
             hidden = self.placement.rows(hidden)
             layer = nnx.merge(graph, self.placement.weights("layers", params), rest)
-            carry = layer(hidden, sight, cache, index)
+            carry = layer(hidden, inputs, implementation, cache, index)
             return carry, nnx.split(layer, nnx.Param, ...)[2]
 
         # The backward pass keeps what the projections and attention give, at most: an adapted projection gives one

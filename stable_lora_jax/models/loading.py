@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from stable_lora_jax.models.attention import choose_attention
 from stable_lora_jax.models.checkpoint import Checkpoint
 from stable_lora_jax.models.decoder import Decoder
 from stable_lora_jax.models.gguf import open_gguf
@@ -36,6 +37,7 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     remat: bool = False,
+    attention: str = "auto",
 ) -> Decoder:
     """A decoder with the weights of a Llama or Qwen2 model.
 
@@ -45,6 +47,7 @@ def load_model(
         dtype: of the computation.
         param_dtype: of the stored parameters.
         remat: recompute each layer in the backward pass.
+        attention: "auto", "xla" or "cudnn" (see `choose_attention`).
 
     Raises:
         ValueError: the name is unknown, the model is not supported, a file is damaged, or tensors are missing,
@@ -53,9 +56,9 @@ def load_model(
         ConnectionError: the hub did not give the model.
     """
     checkpoint = _open(name_or_path)
-    decoder = nnx.eval_shape(
-        lambda: Decoder(checkpoint.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat)
-    )
+    chosen = choose_attention(attention, dtype=dtype, head_dim=checkpoint.config.head_dim)
+    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "attention": chosen}
+    decoder = nnx.eval_shape(lambda: Decoder(checkpoint.config, rngs=nnx.Rngs(0), **options))
     params = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(decoder, nnx.Param))}
     names = {path: _stored_names(checkpoint, path) for path in params}
     _check_tensors(checkpoint, params, names)

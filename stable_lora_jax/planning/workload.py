@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from stable_lora_jax.data import Batch
 from stable_lora_jax.lora import inject_lora
 from stable_lora_jax.models import Decoder, DecoderConfig
+from stable_lora_jax.models.attention import Attention
 from stable_lora_jax.training import (
     Frozen,
     Loss,
@@ -42,6 +43,7 @@ class Workload:
       dtype: of the frozen weights and the computation; adapters are float32.
       remat: recompute each layer in the backward pass.
       accumulate: parts that the batch is processed in.
+      attention: "xla", or "cudnn" for a GPU that has it (see `models.choose_attention`).
 
     Raises:
       ValueError: a number below 1, rows that the parts do not divide, or a row longer than the model's context.
@@ -57,6 +59,7 @@ class Workload:
     dtype: DTypeLike = jnp.bfloat16
     remat: bool = False
     accumulate: int = 1
+    attention: Attention = "xla"
 
     def __post_init__(self):
         for name in ("rows", "length", "num_targets", "accumulate"):
@@ -109,6 +112,7 @@ def abstract_model(workload: Workload, *, unroll: bool = False) -> Decoder:
             dtype=workload.dtype,
             param_dtype=workload.dtype,
             remat=workload.remat,
+            attention=workload.attention,
             unroll=config.num_layers if unroll else 1,
         )
         return inject_lora(model, workload.rank, 2.0 * workload.rank, workload.targets, rngs=nnx.Rngs(0))

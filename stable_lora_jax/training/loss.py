@@ -20,7 +20,7 @@ Loss: TypeAlias = Callable[[Decoder, Batch], tuple[Float[Array, ""], Float[Array
 def make_loss(name: str, num_branches: int) -> Loss:
     """Returns a loss by name.
 
-    ``answer``: -log p of each token of the right answer; rows hold that answer only (`right_branch_only`).
+    ``answer``: -log p of each token of the right answer; rows must hold that answer only (`right_branch_only`).
     ``choices``: -log of the right choice's share in a softmax over the choices' log p per token.
 
     Args:
@@ -38,7 +38,8 @@ def make_loss(name: str, num_branches: int) -> Loss:
 
 
 def _answer_loss(model: Decoder, batch: Batch) -> tuple[Array, Array]:
-    return -target_log_likelihoods(model, batch).sum(), jnp.asarray(batch.branch >= 0).sum().astype(jnp.float32)
+    log_p = target_log_likelihoods(model, batch, one_branch=True)
+    return -log_p.sum(), jnp.asarray(batch.branch >= 0).sum().astype(jnp.float32)
 
 
 def _choices_loss(model: Decoder, batch: Batch, num_branches: int) -> tuple[Array, Array]:

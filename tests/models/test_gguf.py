@@ -132,12 +132,14 @@ def test_unsupported_is_refused_by_name(tmp_path, options, message):
 def test_truncated_file(tmp_path, keep):
     path = write(tmp_path / "model.gguf", tiny.decoder())
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model.gguf is not a whole GGUF file: .*; download it again"):
+    with pytest.raises(
+        ValueError, match=r"model.gguf (begins with|has a damaged or cut header|is not a whole GGUF file).*again"
+    ):
         load_model(path)
 
 
 def test_another_file_is_no_gguf(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1" * 9)
-    with pytest.raises(ValueError, match=r"not a whole GGUF file: GGUF magic invalid"):
+    with pytest.raises(ValueError, match=r"begins with b'vers'.*only GGUF files of version 2 and 3"):
         load_model(path)

@@ -1,0 +1,96 @@
+"""Scaled dot-product attention: written out for XLA, or by cuDNN, which never forms the scores.
+
+| implementation | where | memory beside queries, keys and values |
+|---|---|---|
+| xla | everywhere | float32 scores, heads x length x length a row |
+| cudnn | NVIDIA GPUs | none where tokens see all before them; else a mask, length x length a row |
+
+cuDNN's needs a GPU of the Ampere generation or later, bfloat16 or float16, and heads whose width is a multiple of 8 up
+to 128. Which one is used is settled before anything is compiled: `choose_attention` answers a wish that the device
+cannot fulfil with the reason.
+"""
+
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from stable_lora_jax.models.product import float32_product
+
+Attention: TypeAlias = Literal["xla", "cudnn"]
+
+ATTENTIONS = ("auto", "xla", "cudnn")
+_AMPERE = 8.0  # CUDA compute capability
+
+
+def choose_attention(wish: str, *, dtype: DTypeLike, head_dim: int, device: Any = None) -> Attention:
+    """Returns the implementation to use.
+
+    Args:
+      wish: one of `ATTENTIONS`; "auto" takes cudnn where it works.
+      dtype: of the computation.
+      head_dim: features of a head.
+      device: the `jax.Device` where it will run; JAX's first if None.
+
+    Raises:
+      ValueError: an unknown wish, or "cudnn" where it does not work, with the reason.
+    """
+    if wish not in ATTENTIONS:
+        raise ValueError(f"attention={wish!r} is unknown. Known: {', '.join(ATTENTIONS)}.")
+    if wish == "xla":
+        return "xla"
+    reason = _why_not_cudnn(dtype, head_dim, device or jax.devices()[0])
+    if reason and wish == "cudnn":
+        raise ValueError(f"attention='cudnn' does not work here: {reason}. Use 'auto' or 'xla'.")
+    return "xla" if reason else "cudnn"
+
+
+def _why_not_cudnn(dtype: DTypeLike, head_dim: int, device: Any) -> str:
+    """Returns what is in the way, or nothing."""
+    if device.platform not in ("gpu", "cuda"):
+        return f"the device is a {device.platform.upper()}, and cuDNN is for NVIDIA GPUs"
+    capability = getattr(device, "compute_capability", None)
+    try:
+        recent = float(capability or 0) >= _AMPERE
+    except ValueError:  # of another maker's GPU
+        recent = False
+    if not recent:
+        return f"the device has compute capability {capability}, and cuDNN's attention needs {_AMPERE} (Ampere)"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"the computation is in {jnp.dtype(dtype)}, and cuDNN's attention in bfloat16 or float16"
+    if head_dim % 8 or head_dim > 128:
+        return f"heads have {head_dim} features, and cuDNN takes multiples of 8 up to 128"
+    return ""
+
+
+def attend(
+    query: Float[Array, "batch length heads width"],
+    key: Float[Array, "batch keys kv_heads width"],
+    value: Float[Array, "batch keys kv_heads width"],
+    visible: Bool[Array, "#batch length keys"] | None,
+    implementation: Attention,
+) -> Float[Array, "batch length heads width"]:
+    """Returns softmax(q kᵀ / √width) v for every query head, whose group of heads shares a key-value head.
+
+    Args:
+      query, key, value: rotated; heads is a multiple of kv_heads.
+      visible: which keys each query sees, at least one; None is causal, and needs as many keys as queries.
+      implementation: from `choose_attention`.
+    """
+    if implementation == "cudnn":
+        mask = None if visible is None else visible[:, None]
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=visible is None, implementation="cudnn"
+        )
+    batch, length, heads, width = query.shape
+    if visible is None:
+        visible = jnp.tril(jnp.ones((length, length), bool))[None]
+    # Added, not selected: the backward pass of an addition costs nothing.
+    bias = jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)[:, None, :, None, :]
+    # b batch, t query, s key, k key-value head, g query head within its group, h feature
+    query = query.reshape(batch, length, key.shape[2], -1, width) * width**-0.5
+    scores = float32_product(query, key, (((4,), (3,)), ((0, 2), (0, 2))))  # bktgs
+    weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
+    return jnp.einsum("bktgs,bskh->btkgh", weights, value).reshape(batch, length, heads, width)
