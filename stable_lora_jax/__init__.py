@@ -20,6 +20,9 @@ if TYPE_CHECKING:
         Pair as Pair,
     )
     from stable_lora_jax.optim import (
+        PairNorms as PairNorms,
+    )
+    from stable_lora_jax.optim import (
         PairSpec as PairSpec,
     )
     from stable_lora_jax.optim import (
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
         lora_rite_report as lora_rite_report,
     )
     from stable_lora_jax.optim import (
+        pair_norms as pair_norms,
+    )
+    from stable_lora_jax.optim import (
         reset_stability as reset_stability,
     )
     from stable_lora_jax.optim import (
@@ -78,6 +84,7 @@ __all__ = [
     "LoraRiteReport",
     "LoraRiteState",
     "Pair",
+    "PairNorms",
     "PairSpec",
     "PairStability",
     "RiemannianState",
@@ -88,6 +95,7 @@ __all__ = [
     "lora_plus",
     "lora_rite",
     "lora_rite_report",
+    "pair_norms",
     "reset_stability",
     "riemannian_adamw",
     "scale_by_lora_rite",

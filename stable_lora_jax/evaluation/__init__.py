@@ -3,6 +3,7 @@
 from stable_lora_jax.extras import needs
 
 with needs("train"):
+    from stable_lora_jax.evaluation.exact_match import exact_match, final_number
     from stable_lora_jax.evaluation.likelihood import (
         Evaluation,
         NonFiniteScoreError,
@@ -10,7 +11,6 @@ with needs("train"):
         evaluate,
         target_log_likelihoods,
     )
-    from stable_lora_jax.evaluation.numeric import exact_match, final_number
     from stable_lora_jax.evaluation.statistics import (
         Estimate,
         expected_best,

@@ -68,9 +68,9 @@ def check_directory(
     left = {path.name for path in directory.iterdir()} - _NOTHING if directory.exists() else set()
     if overwrite and not _is_a_run(left):
         raise ValueError(
-            f"The run directory {directory} is no run's: it holds {len(left)} things, and neither {ADAPTER} nor both "
-            f"{CONFIG} and {CHECKPOINTS}. --overwrite replaces runs alone: empty it yourself, or choose another "
-            "--run-dir."
+            f"The run directory {directory} contains {len(left)} entries but no run: neither {ADAPTER} nor both "
+            f"{CONFIG} and {CHECKPOINTS}. --overwrite only replaces runs: empty it yourself, or choose "
+            "another --run-dir."
         )
     if overwrite or not left or (auto_resume and _may_start_over(directory, left)):
         return False

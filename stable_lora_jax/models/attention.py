@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from stable_lora_jax.models.product import float32_product
+from stable_lora_jax.models.float32_dot import float32_dot
 
 Attention: TypeAlias = Literal["xla", "cudnn"]
 
@@ -91,6 +91,6 @@ def attend(
     bias = jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)[:, None, :, None, :]
     # b batch, t query, s key, k key-value head, g query head within its group, h feature
     query = query.reshape(batch, length, key.shape[2], -1, width) * width**-0.5
-    scores = float32_product(query, key, (((4,), (3,)), ((0, 2), (0, 2))))  # bktgs
+    scores = float32_dot(query, key, (((4,), (3,)), ((0, 2), (0, 2))))  # bktgs
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
     return jnp.einsum("bktgs,bskh->btkgh", weights, value).reshape(batch, length, heads, width)

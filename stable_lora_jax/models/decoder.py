@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from stable_lora_jax.models.attention import Attention, attend
 from stable_lora_jax.models.cache import KVCache
 from stable_lora_jax.models.config import DecoderConfig
-from stable_lora_jax.models.product import float32_product
+from stable_lora_jax.models.float32_dot import float32_dot
 from stable_lora_jax.models.rotary import Rotation, rotary_frequencies, rotate, rotation_at
 
 # One object, not one per model: graph definitions compare initializers by identity, and jit caches compare those.
@@ -205,7 +205,7 @@ class Decoder(nnx.Module):
                 rngs=rngs,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                dot_general=float32_product,
+                dot_general=float32_dot,
             )
 
     def __call__(
@@ -271,7 +271,7 @@ class Decoder(nnx.Module):
         embedding = self.placement.weights("embed_tokens.embedding", self.embed_tokens.embedding[...]).astype(
             self.dtype
         )
-        return float32_product(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+        return float32_dot(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
 
     def _run(self, tokens, positions, visible, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
         config = self.config

@@ -10,7 +10,7 @@ from stable_lora_jax.optim.lora_rite import LoraRiteState, lora_rite, scale_by_l
 from stable_lora_jax.optim.lora_rite_report import LoraRiteReport, lora_rite_report
 from stable_lora_jax.optim.pairs import Pair, PairSpec, find_pairs, lora_labels
 from stable_lora_jax.optim.riemannian import RiemannianState, riemannian_adamw, scale_by_riemannian
-from stable_lora_jax.optim.stability import PairStability, reset_stability, stability
+from stable_lora_jax.optim.stability import PairNorms, PairStability, pair_norms, reset_stability, stability
 from stable_lora_jax.optim.stable_lora import StableLoraState, stable_lora, stable_lora_shrink
 from stable_lora_jax.optim.terms import UpdateTerms, update_terms
 
@@ -18,6 +18,7 @@ __all__ = [
     "LoraRiteReport",
     "LoraRiteState",
     "Pair",
+    "PairNorms",
     "PairSpec",
     "PairStability",
     "RiemannianState",
@@ -28,6 +29,7 @@ __all__ = [
     "lora_plus",
     "lora_rite",
     "lora_rite_report",
+    "pair_norms",
     "reset_stability",
     "riemannian_adamw",
     "scale_by_lora_rite",

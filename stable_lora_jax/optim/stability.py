@@ -1,6 +1,6 @@
-"""What a Stable-LoRA state says of each pair, and how to open its flags again."""
+"""The norms of each pair, what a Stable-LoRA state says of it, and how to open its flags again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +9,16 @@ from jaxtyping import Array, Bool, Float
 
 from stable_lora_jax.optim.pairs import (
     Labels,
+    Pair,
     PyTree,
     StackAxes,
+    find_pairs,
     find_pairs_of_state,
     find_states,
     is_none,
     unwrap_variables,
 )
-from stable_lora_jax.optim.stable_lora import StableLoraState, pair_norms
+from stable_lora_jax.optim.stable_lora import StableLoraState, norms_of_pair
 
 
 class PairStability(NamedTuple):
@@ -30,6 +32,36 @@ class PairStability(NamedTuple):
     norm_b: Float[Array, "*stack"]
     gap: Float[Array, "*stack"]
     stable: Bool[Array, "*stack"]
+
+
+class PairNorms(NamedTuple):
+    """‖A‖_F, ‖B‖_F and gap = (‖A‖/n)/(‖B‖/m) of a pair, one element per matrix of a stack."""
+
+    norm_a: Float[Array, "*stack"]
+    norm_b: Float[Array, "*stack"]
+    gap: Float[Array, "*stack"]
+
+
+def pair_norms(params: PyTree, *, labels: Labels = None, stack_axes: StackAxes = "infer") -> dict[str, PairNorms]:
+    """Returns pair name -> `PairNorms`, for any optimizer. Jittable. The gap is infinite where B = 0, 0 where A = 0.
+
+    Args:
+      params: the parameters.
+      labels, stack_axes: which leaves are A and B, and which axes count matrices; see `find_pairs`.
+
+    Example:
+      >>> norms = pair_norms({"lora_a": jnp.ones((4, 1)), "lora_b": jnp.ones((1, 9))})["lora"]
+      >>> print(*(f"{each:.1f}" for each in norms))  # (2/4) / (3/9)
+      2.0 3.0 1.5
+    """
+    leaves = jax.tree.leaves(params, is_leaf=is_none)
+    pairs = find_pairs(params, labels, stack_axes)
+    return {pair.name: _norms(leaves, pair, None) for pair in pairs}
+
+
+def _norms(leaves: Sequence[Any], pair: Pair, pending: Array | None) -> PairNorms:
+    norm_a, norm_b = norms_of_pair(leaves[pair.a], leaves[pair.b], pair, pending)
+    return PairNorms(norm_a, norm_b, jnp.where(norm_a == 0, 0, norm_a / (norm_b * pair.fan_ratio)))
 
 
 def stability(
@@ -75,9 +107,8 @@ def stability(
     report = {}
     for pair in pairs:
         if pair.name in flags:
-            norm_a, norm_b = pair_norms(leaves[pair.a], leaves[pair.b], pair, pending.get(pair.name))
-            gap = jnp.where(norm_a == 0, 0, norm_a / (norm_b * pair.fan_ratio))
-            report[pair.name] = PairStability(norm_a, norm_b, gap, flags[pair.name])
+            norms = _norms(leaves, pair, pending.get(pair.name))
+            report[pair.name] = PairStability(*norms, flags[pair.name])
     return report
 
 

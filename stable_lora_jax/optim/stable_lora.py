@@ -246,7 +246,7 @@ def _advance(
     factors, stable, pending = {}, {}, {}
     for pair in pairs:
         behind = state.pending.get(pair.name)
-        norm_a, norm_b = pair_norms(leaves[pair.a], leaves[pair.b], pair, behind)
+        norm_a, norm_b = norms_of_pair(leaves[pair.a], leaves[pair.b], pair, behind)
         # 1 - λ in the norms' width: in bfloat16, where inject_hyperparams may bring λ, it would be 1.
         keep = 1 - jnp.asarray(rate, norm_a.dtype)
         # stable once ‖A‖/n < ‖B‖/m
@@ -263,7 +263,7 @@ def _advance(
     return factors, StableLoraState(state.count + 1, stable, pending)
 
 
-def pair_norms(a: Array, b: Array, pair: Pair, pending: Array | None) -> tuple[Array, Array]:
+def norms_of_pair(a: Array, b: Array, pair: Pair, pending: Array | None) -> tuple[Array, Array]:
     """Returns ‖A‖ with the shrinks still to be applied to it, and ‖B‖, the same for all A that share a B."""
     norm_a, norm_b = frobenius_norm(a, pair.stack_axes), frobenius_norm(b, pair.stack_axes_b)
     return norm_a if pending is None else norm_a * pending, jnp.broadcast_to(norm_b, norm_a.shape)

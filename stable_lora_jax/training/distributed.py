@@ -103,14 +103,14 @@ def shared_work() -> Iterator[None]:
         ) from error
 
 
-def own_rows(sharding: NamedSharding, rows: int) -> tuple[int, ...]:
+def local_rows(sharding: NamedSharding, rows: int) -> tuple[int, ...]:
     """Returns which of a batch's rows this process needs, in rising order."""
     parts = sharding.addressable_devices_indices_map((rows,)).values()
     return tuple(sorted({row for part in parts if part for row in range(rows)[part[0]]}))
 
 
 def rows_to_mesh(tree: Any, sharding: NamedSharding, rows: int) -> Any:
-    """Returns arrays of so many rows in all, each process giving those that `own_rows` names."""
+    """Returns arrays of so many rows in all, each process giving those that `local_rows` names."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)  # all leaves at once
 
@@ -142,7 +142,7 @@ def to_mesh(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
-def highest_number(mesh: Mesh) -> Callable[[int], int]:
+def max_across_processes(mesh: Mesh) -> Callable[[int], int]:
     """Returns a function of a number that returns the highest given by any process: all get the same answer.
 
     It must be called by all, equally often. Among several processes the answer is that of the call before, so that

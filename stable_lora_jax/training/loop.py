@@ -23,16 +23,16 @@ from stable_lora_jax.optim import (
     LoraRiteState,
     StableLoraState,
     lora_rite_report,
+    pair_norms,
     stability,
-    stable_lora_shrink,
     update_terms,
 )
 from stable_lora_jax.optim.pairs import PyTree, find_states
 from stable_lora_jax.training.checkpoints import checkpoints
 from stable_lora_jax.training.distributed import (
-    highest_number,
     is_first,
-    own_rows,
+    local_rows,
+    max_across_processes,
     rows_to_mesh,
     shared_work,
     to_mesh,
@@ -130,8 +130,8 @@ def train(
             )
         start, stopped_by = int(state.step), None
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
-        told_to_stop = highest_number(mesh)
-        rows = BatchRows(batches, own_rows(by_rows, batches.batch_size))
+        told_to_stop = max_across_processes(mesh)
+        rows = BatchRows(batches, local_rows(by_rows, batches.batch_size))
         shown = progress and is_first()
         bar = tqdm(total=total_steps, initial=start, desc="train", unit="step", disable=not shown)
         with bar, ExitStack() as opened:
@@ -269,10 +269,9 @@ def _flags(opt_state: optax.OptState) -> dict[str, np.ndarray]:
 
 @jax.jit
 def _norms(state: TrainState):
-    # Methods without flags have norms all the same: read them beside fresh flags.
-    fresh = stable_lora_shrink(0.0, stack_axes=STACK_AXES)
-    tracked = find_states(state.opt_state, StableLoraState) or fresh.init(state.adapters)
-    return stability(state.adapters, tracked, stack_axes=STACK_AXES)
+    if find_states(state.opt_state, StableLoraState):
+        return stability(state.adapters, state.opt_state, stack_axes=STACK_AXES)
+    return pair_norms(state.adapters, stack_axes=STACK_AXES)
 
 
 _terms = jax.jit(partial(update_terms, stack_axes=STACK_AXES))

@@ -75,9 +75,13 @@ def test_what_a_start_deletes(tmp_path, asked, there, kept):
     [
         (PLAIN, ["thesis.tex"], "is not empty. Go on with --resume, replace it with --overwrite"),
         (PLAIN, ["checkpoints/"], "is not empty. Go on with --resume"),
-        (OVER, ["thesis.tex", "figures/"], "holds 2 things, and neither adapter.safetensors nor both config.json"),
-        (OVER, ["config.json", "model.safetensors"], "is no run's"),  # a model
-        (OVER, ["checkpoints/3/", "thesis.tex"], "is no run's"),  # another program's
+        (
+            OVER,
+            ["thesis.tex", "figures/"],
+            "contains 2 entries but no run: neither adapter",
+        ),
+        (OVER, ["config.json", "model.safetensors"], "entries but no run"),  # a model
+        (OVER, ["checkpoints/3/", "thesis.tex"], "entries but no run"),  # another program's
         (AUTO, ["thesis.tex"], "not what a run leaves that had no checkpoint yet"),
         (AUTO, ["metrics.jsonl"], "not what a run leaves that had no checkpoint yet"),
         (AUTO, ["checkpoints/3/"], "not what a run leaves that had no checkpoint yet"),

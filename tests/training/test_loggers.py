@@ -96,5 +96,5 @@ def test_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"log='x' is unknown. Known: tensorboard, wandb"):
         check_logger("x")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the package tensorboardX. Install stable-lora-jax\[tensorboard\]"):
+    with pytest.raises(ValueError, match=r"tensorboardX. Run: pip install 'stable-lora-jax\[tensorboard\]'"):
         check_logger("tensorboard")

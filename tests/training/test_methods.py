@@ -64,7 +64,7 @@ def test_each_method_is_the_one_it_names():
     np.testing.assert_allclose(steps["lora-plus"]["lora_b"], 4 * adamw["lora_b"])
     (riemannian,) = find_states(first_step("riemannian")[1], RiemannianState)
     # With B = 0 the gradient of A is divided by 0.01; the first moment is a tenth of that.
-    np.testing.assert_allclose(riemannian.first["lora_a"], 0.1 * 0.1 / 0.01, rtol=1e-4)
+    np.testing.assert_allclose(riemannian.mu["lora_a"], 0.1 * 0.1 / 0.01, rtol=1e-4)
     (rite,) = find_states(first_step("lora-rite", clip_norm=0.01)[1], LoraRiteState)
     assert rite.clip_factor < 0.1
 

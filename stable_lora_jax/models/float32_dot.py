@@ -13,7 +13,7 @@ from jax.lax import DotDimensionNumbers
 from jaxtyping import Array, Float
 
 
-def float32_product(
+def float32_dot(
     x: Array,
     y: Array,
     dimension_numbers: DotDimensionNumbers,

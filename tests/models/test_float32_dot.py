@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stable_lora_jax.models.product import float32_product
+from stable_lora_jax.models.float32_dot import float32_dot
 from tests.models import tiny
 
 SCORES = (((4,), (3,)), ((0, 2), (0, 2)))
@@ -36,7 +36,7 @@ def operands(jaxpr, names):
 def test_values_and_gradients_are_those_of_einsum_in_float64(dimensions, spec, x_shape, y_shape, dtype):
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x_shape, y_shape))
-    value, transpose = jax.vjp(lambda x, y: float32_product(x, y, dimensions), x, y)
+    value, transpose = jax.vjp(lambda x, y: float32_dot(x, y, dimensions), x, y)
     operands, result = spec.split("->")
     first, second = operands.split(",")
     exact_x, exact_y = np.float64(x), np.float64(y)
