@@ -5,9 +5,10 @@ OLDEST := .venv-torch
 TUNIX := .venv-tunix
 TPU := .venv-tpu
 GPU := .venv-gpu
+DOCS := .venv-docs
 OUT := runs/demo
 
-.PHONY: environments demo check test test-tunix test-tpu test-gpu-compile lint
+.PHONY: environments demo check test test-tunix test-tpu test-gpu-compile lint docs docs-serve
 .PHONY: bench bench-optimizers bench-sweep quantize plan results clean
 
 environments: $(NEWEST)/installed $(OLDEST)/installed
@@ -40,6 +41,13 @@ lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .
 	$(NEWEST)/bin/ruff format --check .
 	$(NEWEST)/bin/pyright
+
+# Fails on any broken link, missing page or unknown name.
+docs: $(DOCS)/installed
+	$(DOCS)/bin/mkdocs build --quiet --strict
+
+docs-serve: $(DOCS)/installed
+	$(DOCS)/bin/mkdocs serve
 
 bench: $(NEWEST)/installed $(OLDEST)/installed
 	$(NEWEST)/bin/python -m experiments.bench_train --torch-python $(OLDEST)/bin/python
@@ -89,5 +97,10 @@ $(GPU)/installed: pyproject.toml constraints.txt
 	$(GPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cuda]'
 	touch $@
 
+$(DOCS)/installed: pyproject.toml constraints.txt
+	$$(.ci/find-python 3.13 3.12 3.11) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(NEWEST) $(OLDEST) $(TUNIX) $(TPU) $(GPU) build *.egg-info
+	rm -rf $(NEWEST) $(OLDEST) $(TUNIX) $(TPU) $(GPU) $(DOCS) build *.egg-info

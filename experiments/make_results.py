@@ -1,10 +1,11 @@
-"""Makes every table and figure again from what was measured: experiments/results/*.md and *.png, the README's tables.
+"""Makes every table and figure again from what was measured: the pages of results, and blocks of README and docs.
 
 Command:   make results            (or python -m experiments.make_results)
 Hardware:  any. Minutes: 0.3.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from experiments import (
     cot,
     demo,
     dynamics,
+    findings,
     overhead,
     plan_tables,
     qa,
@@ -39,12 +41,14 @@ EXPERIMENTS = {
     "width_transformers": width_transformers,
 }
 PAGES = EXPERIMENTS | {"bench_sweep": bench_sweep, "quantize": quantize, "plan": plan_tables}  # each has a command
-# README block -> (what makes its table, the file it is made from)
+# block -> (what makes its table, the file it is made from)
 TABLES = {
     "demo": (demo.table, "demo.json"),
     "bench_train": (bench_train.table, "bench_train.json"),
     "bench_optimizers": (bench_optimizers.short_table, "bench_optimizers.json"),
 }
+DOCUMENTS = (Path("README.md"), Path("docs/findings.md"), Path("docs/cost.md"))
+_BLOCK = re.compile(r"(<!-- (\w+): made by `make results`, do not edit -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +57,8 @@ class ResultsConfig:
 
     results: Path = Path("experiments/results")
     """Folder of the lines."""
-    readme: Path = Path("README.md")
-    """Gets tables between its markers."""
+    documents: tuple[Path, ...] = DOCUMENTS
+    """Get the blocks that stand between their markers."""
 
 
 def sections(results: Path) -> dict[str, str]:
@@ -70,31 +74,31 @@ def page(name: str, text: str) -> str:
     return f"# {title}\n\n```\n{rest.strip()}\n```\n\n{text.strip()}\n"
 
 
-def readme(text: str, made: dict[str, str], results: Path) -> str:
-    """Returns the README with its tables made again."""
-    blocks = {name: make(json.loads((results / file).read_text())) for name, (make, file) in TABLES.items()}
-    blocks |= {"qa": qa_tables.short(results), "results": section(made, results)}
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name}: made by `make results`, do not edit -->", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        if not after:
-            raise ValueError(f"The README lacks the lines {begin!r} and {end!r}. Put them where the table belongs.")
-        text = f"{before}{begin}\n{block.strip()}\n{end}{after}"
-    return text
+def blocks(made: dict[str, str], results: Path) -> dict[str, str]:
+    """Returns name -> Markdown of every block that a document may hold."""
+    tables = {name: make(json.loads((results / file).read_text())) for name, (make, file) in TABLES.items()}
+    told = {"verdict": findings.verdict(results), "findings": findings.details(results)}
+    return tables | told | {"qa": qa_tables.short(results), "results": list_of_pages(made)}
 
 
-def section(made: dict[str, str], results: Path) -> str:
-    """Returns the README's list of pages."""
+def filled(text: str, blocks: dict[str, str]) -> str:
+    """Returns a document with its blocks made again."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{blocks[found[2]].strip()}\n{found[4]}", text)
+
+
+def list_of_pages(made: dict[str, str]) -> str:
+    """Returns the documentation's list of pages."""
     titles = {name: (PAGES[name].__doc__ or "").partition("\n")[0].rstrip(".") for name in made}
-    return "\n".join(f"* [{title}]({(results / name).as_posix()}.md)" for name, title in titles.items())
+    return "\n".join(f"* [{title}](results/{name}.md)" for name, title in titles.items())
 
 
 def main(config: ResultsConfig) -> None:
     made = sections(config.results)
     for name, text in made.items():
         (config.results / f"{name}.md").write_text(page(name, text))
-    config.readme.write_text(readme(config.readme.read_text(), made, config.results))
+    made_again = blocks(made, config.results)
+    for document in config.documents:
+        document.write_text(filled(document.read_text(), made_again))
     print(f"Made {', '.join(made)}.")
 
 

@@ -1,5 +1,6 @@
-"""What the documents show must run: the README's programs and every notebook. The one with Tunix runs in its tests."""
+"""What the documents show must run: the programs of README and docs, and every notebook. The one with Tunix runs in its tests."""
 
+import importlib
 import re
 import time
 from pathlib import Path
@@ -9,23 +10,38 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.readme import programs
+from tests.documents import programs
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Qwix uses what Flax has renamed
-def test_the_readme_programs_run(capsys):
-    on_a_pytree, ours, with_qwix, _ = programs()
+def test_the_programs_run(capsys):
+    (on_a_pytree,) = programs()
     exec(on_a_pytree, {})
     assert "PairStability(norm_a=" in capsys.readouterr().out
+    exec(programs("docs/use/optax.md")[0], {})
+    assert capsys.readouterr().out.startswith("q_proj/lora ")
     names: dict[str, Any] = {}
-    exec(ours, names)
+    exec(programs("docs/use/flax.md")[0], names)
     assert re.fullmatch(r"(layers/\d/lora: gap \d+\.\d\d, (stable|still shrinking)\n){2}", capsys.readouterr().out)
-    exec(with_qwix, names)
+    exec(programs("docs/use/qwix.md")[0], names)
     adapters = names["nnx"].state(names["model"], names["nnx"].LoRAParam)
     report = names["stability"](adapters, names["optimizer"].opt_state)
     assert list(report) == ["layers/0/kernel_lora", "layers/2/kernel_lora"]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_every_public_name_is_in_the_reference():
+    packages = [path.stem for path in (ROOT / "docs" / "api").glob("*.md")]
+    assert len(packages) == 8
+    for name in packages:
+        page = (ROOT / "docs" / "api" / f"{name}.md").read_text()
+        shown = re.findall(rf"^::: stable_lora_jax\.{name}\.(\w+)$", page, flags=re.MULTILINE)
+        assert sorted(shown) == sorted(importlib.import_module(f"stable_lora_jax.{name}").__all__), name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme import programs
+from tests.documents import programs
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,9 @@ from filelock import FileLock, Timeout
 
 from stable_lora_jax.training import newest_step
 
-CONFIG, ADAPTER, CHECKPOINTS = "config.json", "adapter.safetensors", "checkpoints"
+CONFIG = "config.json"
+ADAPTER = "adapter.safetensors"
+CHECKPOINTS = "checkpoints"
 _PARTIAL = ".config.json.partial"
 _LOCK = ".lock"
 # What counts as nothing there.

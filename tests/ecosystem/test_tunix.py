@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.ecosystem.watching import Watch, beside
-from tests.readme import programs
+from tests.documents import programs
 
 pytest.importorskip("tunix", reason="Tunix has an environment of its own: make test-tunix")
 
@@ -67,11 +67,11 @@ def test_einsum_adapters_in_tunix_own_trainer():
     watch.check(nnx.state(model, nnx.LoRAParam), trainer.optimizer.opt_state, beside(*NAMES))
 
 
-def test_the_readme_program_runs():
+def test_the_program_of_the_documentation_runs():
     model = adapted()
     start = model.layers[0].attn.q_proj.w_lora_a[...].copy()
     names = {"model": model, "model_input": model_input, "batches": batches(30)}
-    exec(programs()[3], names)
+    exec(programs("docs/use/tunix.md")[0], names)
     assert names["stable"].keys() == set(NAMES)
     shrunk = jnp.linalg.norm(model.layers[0].attn.q_proj.w_lora_a[...]) / jnp.linalg.norm(start)
     np.testing.assert_allclose(shrunk, (1 - 0.005) ** 30, rtol=0.05)  # AdamW moves A too
