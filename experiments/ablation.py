@@ -26,7 +26,8 @@ import tyro
 from experiments.ablation_tables import LONGEST, report
 from experiments.cells import Cell, Options, run_cells, training
 from experiments.smoke import smoke
-from stable_lora_jax.training import read_metrics
+from stable_lora_jax.finetune import fingerprint, options_of
+from stable_lora_jax.training import RunDirectory, read_metrics
 
 SHOWN = ("norm_a", "norm_b", "gap")
 
@@ -81,10 +82,10 @@ def cells(config: AblationConfig) -> list[Cell]:
 def keep_norms(config: AblationConfig) -> None:
     """Keeps what a figure shows of the longest run of Stable-LoRA: its stops, and its norms at some 60 steps."""
     plain = {"method": "stable-lora", "lam_schedule": "constant", "stop_when_stable": True, "seed": 0}
-    found = [cell for cell in cells(config) if vars(cell.train).items() >= plain.items()]
-    longest = max(found, key=lambda cell: cell.train.steps or 0, default=None)
-    if longest and (metrics := config.runs / "ablation" / longest.key / "metrics.jsonl").exists():
-        file, lines = config.results / LONGEST / "metrics.jsonl", read_metrics(metrics)
+    found = [cell for cell in cells(config) if options_of(fingerprint(cell.train)).items() >= plain.items()]
+    longest = max(found, key=lambda cell: cell.train.schedule.steps or 0, default=None)
+    if longest and (metrics := RunDirectory(config.runs / "ablation" / longest.key).metrics_file).exists():
+        file, lines = RunDirectory(config.results / LONGEST).metrics_file, read_metrics(metrics)
         if max((line["step"] for line in read_metrics(file)), default=0) > lines[-1]["step"]:
             return  # what is kept is of a longer run
         norms = [line for line in lines if "norms" in line]

@@ -8,7 +8,7 @@ from experiments.cells import Record, read_lines
 from stable_lora_jax.plots import plot_norms
 
 # What a variant may change.
-VARIED = ("method", "lam", "lam_schedule", "stop_when_stable", "weight_decay", "decay_only_a")
+VARIED = (*tables.OF_METHODS, "weight_decay")
 NEVER = ", never stops"
 LONGEST = "ablation-longest-run"
 
@@ -33,7 +33,7 @@ def report(results: Path) -> str:
 def name_of(record: Record) -> str:
     """Returns how a table calls a variant."""
     train = record["train"]
-    if train["decay_only_a"]:
+    if train.get("decay_only_a"):
         return f"AdamW, weight decay {train['weight_decay']:g} on A"
     if train["method"] == "adamw":
         return "AdamW"

@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,8 +25,17 @@ from filelock import FileLock
 from experiments.provenance import provenance
 from stable_lora_jax.data import Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import NonFiniteScoreError, evaluate
-from stable_lora_jax.finetune import TrainConfig, finetune, fingerprint, load_with_adapter, training_items
-from stable_lora_jax.training import NonFiniteLossError, newest_step, read_metrics, stop_steps
+from stable_lora_jax.finetune import (
+    MethodConfig,
+    RunConfig,
+    finetune,
+    fingerprint,
+    load_with_adapter,
+    numbers_of,
+    options_of,
+    training_items,
+)
+from stable_lora_jax.training import NonFiniteLossError, RunDirectory, read_metrics, stop_steps
 
 Record: TypeAlias = dict[str, Any]
 
@@ -70,20 +79,24 @@ class Options:
             raise ValueError(f"together={self.together} is below 1, or ray={self.ray} below 0. Leave them out.")
 
 
-def training(options: Options, task: str, **changes: Any) -> TrainConfig:
-    """Returns the run on a task that the options describe: softmax over the choices, unless changed."""
+def training(options: Options, task: str, **changes: Any) -> RunConfig:
+    """Returns the run on a task that the options describe: softmax over the choices, unless changed.
+
+    Numbers that belong to other methods than the run's are left out.
+    """
     common: dict[str, Any] = {"loss": "choices"} | {
         name: getattr(options, name) for name in ("model", "dtype", "steps")
     }
     common |= {"batch_size": options.batch_size, "save_every": options.save_every}
-    return TrainConfig(data=task, **common | changes)
+    common |= {"method": MethodConfig.name} | changes
+    return RunConfig.of(data=task, **numbers_of(common["method"], common))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One training run and how it is scored."""
 
-    train: TrainConfig
+    train: RunConfig
     score_on: str = "validation"
     """A split of its task, "holdout", or a .jsonl file of questions."""
     scoring: str = ""
@@ -101,8 +114,8 @@ class Cell:
 
 
 def cell_of(line: Record) -> Cell:
-    """Returns the cell of a line, with today's defaults for options that the line is too old to know."""
-    return Cell(train=TrainConfig(**line["train"]), score_on=line["score_on"], scoring=line.get("scoring", ""))
+    """Returns the cell of a line as read, with today's defaults for options that the line is too old to know."""
+    return Cell(train=RunConfig.of(**line["train"]), score_on=line["score_on"], scoring=line.get("scoring", ""))
 
 
 Score: TypeAlias = Callable[[Cell, Path], Record]
@@ -128,7 +141,7 @@ def run_cells(name: str, cells: Sequence[Cell], options: Options, score: Score |
     groups = _groups(todo, options.together)
     for record in _records(groups, options, options.runs / name, score or score_questions):
         append(file, record)
-        done[record["key"]] = record
+        done[record["key"]] = _as_read(record)
         told = {key: record[key] for key in ("accuracy_token", "nll_token", "failed") if key in record}
         print(f"{name}: {record['key']} {told}", flush=True)
     return [done[cell.key] for cell in cells if cell.key in done]
@@ -173,8 +186,9 @@ def part_of(cells: Sequence[Cell], part: str) -> tuple[list[Cell], str]:
 
 def score_questions(cell: Cell, directory: Path) -> Record:
     """Returns accuracy and likelihood of a trained cell, and which questions it has right."""
-    model = load_with_adapter(cell.train.model, directory, cell.train.dtype, cell.train.quantize)
-    examples = encode_all(load_tokenizer(cell.train.model), questions(cell), cell.train.prompt_format)
+    base = cell.train.model
+    model = load_with_adapter(base.name, directory, base.dtype, base.quantize)
+    examples = encode_all(load_tokenizer(base.name), questions(cell), cell.train.data.prompt_format)
     scores = evaluate(model, examples)
     right = {"correct_sum": bits(scores.correct_sum), "correct_token": bits(scores.correct_token)}
     return {key: round(value, 6) for key, value in scores.summary().items()} | right
@@ -182,13 +196,13 @@ def score_questions(cell: Cell, directory: Path) -> Record:
 
 def questions(cell: Cell) -> list[Question]:
     """Returns the questions that a cell is scored on."""
-    train = cell.train
+    data = cell.train.data
     if cell.score_on.endswith((".jsonl", ".jsonl.gz")):
         items = load_jsonl(cell.score_on)
     elif cell.score_on == "holdout":
-        _, items = training_items(train)
+        _, items = training_items(cell.train)
     else:
-        items = load_task(train.data, cell.score_on, source=train.source)
+        items = load_task(data.name, cell.score_on, source=data.source)
     return [item for item in items if isinstance(item, Question)]
 
 
@@ -203,9 +217,18 @@ def correctness(record: Record, field: str = "correct_token") -> np.ndarray:
 
 
 def read_lines(name: str, results: Path) -> list[Record]:
-    """Returns all lines of an experiment, those of parts included, oldest first."""
+    """Returns all lines of an experiment, oldest first, those of parts included; "train" is by option."""
     files = [results / f"{name}.jsonl", *sorted(results.glob(f"{name}.*of*.jsonl"))]
-    return [line for file in files for line in read_metrics(file)]
+    return [_as_read(line) for file in files for line in read_metrics(file)]
+
+
+def _as_read(line: Record) -> Record:
+    return line | {"train": options_of(line["train"])} if "train" in line else line
+
+
+def as_written(line: Record) -> Record:
+    """Returns a line as read, as it stands in its file: "train" is by section."""
+    return line | {"train": fingerprint(RunConfig.of(**line["train"]))}
 
 
 def finished(name: str, results: Path) -> dict[str, Record]:
@@ -231,7 +254,8 @@ def _groups(cells: Sequence[Cell], together: int) -> list[list[Cell]]:
 
     alike: dict[str, list[Cell]] = {}
     for cell in cells:
-        rest = {name: value for name, value in fingerprint(cell.train).items() if name not in VARYING}
+        options = options_of(fingerprint(cell.train))
+        rest = {name: value for name, value in options.items() if name not in VARYING}
         alike.setdefault(json.dumps(rest, sort_keys=True), []).append(cell)
     return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
 
@@ -241,12 +265,12 @@ def train_cells(group: Sequence[Cell], runs: Path) -> list[Record]:
     if len(group) > 1:
         from experiments.together import train_together
 
-        return train_together([replace(cell.train, run_dir=runs / cell.key) for cell in group])
+        return train_together([cell.train.with_options(run_dir=runs / cell.key) for cell in group])
     (cell,) = group
     directory, start = runs / cell.key, time.perf_counter()
-    resume = newest_step(directory / "checkpoints") is not None
+    resume = RunDirectory(directory).newest_step() is not None
     try:
-        result = finetune(replace(cell.train, run_dir=directory, resume=resume, overwrite=not resume))
+        result = finetune(cell.train.with_options(run_dir=directory, resume=resume, overwrite=not resume))
     except NonFiniteLossError as error:
         return [{"failed": str(error)}]
     if result.stopped_by:
@@ -258,7 +282,7 @@ def train_cells(group: Sequence[Cell], runs: Path) -> list[Record]:
 
 def stable_at(directory: Path) -> dict[str, list[int]]:
     """Returns pair -> the step at which each matrix of a run became stable, 0 where it did not."""
-    lines = read_metrics(directory / "metrics.jsonl")
+    lines = RunDirectory(directory).metrics()
     norms, stops = next(line["norms"] for line in lines if "norms" in line), stop_steps(lines)
     stacks = {pair: np.shape(each["norm_a"]) for pair, each in norms.items()}
     return {pair: [stops.get(pair, {}).get(index, 0) for index in np.ndindex(shape)] for pair, shape in stacks.items()}

@@ -83,8 +83,8 @@ def cells(config: CotConfig) -> list[Cell]:
 
 def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
     """Returns the share of problems whose generated answer ends in the right number, and which ones."""
-    train = cell.train
-    model, tokenizer = load_with_adapter(train.model, directory, train.dtype), load_tokenizer(train.model)
+    base = cell.train.model
+    model, tokenizer = load_with_adapter(base.name, directory, base.dtype), load_tokenizer(base.name)
     problems = [item for item in load_jsonl(cell.score_on) if isinstance(item, Completion)]
     prompts = tokenizer([p.prompt for p in problems], add_special_tokens=True, verbose=False)["input_ids"]
     answers: list[list[int]] = []
@@ -99,7 +99,7 @@ def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
 def report(results: Path) -> str:
     """Returns the tables, one a setting."""
     records, text = read_lines("cot", results), ""
-    for each in tables.grouped(records, lambda record: tables.setting(record, "method", "lam", "steps")).values():
+    for each in tables.grouped(records, lambda record: tables.setting(record, *tables.OF_METHODS, "steps")).values():
         groups = tables.grouped(each, lambda record: (record["steps"], record["train"]["method"]))
         rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
         text += f"**{each[0]['train']['model']}**, exact match\n\n"

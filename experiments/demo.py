@@ -22,9 +22,9 @@ import tyro
 from experiments.provenance import commit, has_bfloat16, machine, versions
 from stable_lora_jax.data import encode_all, load_task, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
-from stable_lora_jax.finetune import TrainConfig, finetune, load_with_adapter
+from stable_lora_jax.finetune import ModelConfig, RunConfig, finetune, load_with_adapter, numbers_of
 from stable_lora_jax.plots import save_figures
-from stable_lora_jax.training import read_metrics, stop_steps
+from stable_lora_jax.training import RunDirectory, stop_steps
 
 METHODS = ("adamw", "stable-lora")
 
@@ -42,12 +42,12 @@ class DemoConfig:
 def main(config: DemoConfig) -> None:
     began = time.perf_counter()
     questions = load_task("arc_easy", "validation")[:: 10 if config.quick else 1]
-    examples = encode_all(load_tokenizer(TrainConfig.model), questions)
+    examples = encode_all(load_tokenizer(ModelConfig.name), questions)
     dtype = "bfloat16" if has_bfloat16() else "float32"
     print(
         f"The base model is in {dtype}, as this machine computes {'both' if has_bfloat16() else 'that alone'} itself."
     )
-    base = load_with_adapter(TrainConfig.model, None, dtype)
+    base = load_with_adapter(ModelConfig.name, None, dtype)
     print(f"1/5  Before training, on {len(examples)} validation questions", flush=True)
     start = time.perf_counter()
     results: dict[str, Any] = {"before": evaluate(base, examples, progress=True).summary()}
@@ -57,9 +57,9 @@ def main(config: DemoConfig) -> None:
         print(f"{2 + 2 * number}/5  Training with {method}", flush=True)
         start = time.perf_counter()
         finetune(
-            TrainConfig(
+            RunConfig.of(
                 method=method,
-                lam=0.005,
+                **numbers_of(method, {"lam": 0.005}),
                 steps=20 if config.quick else None,
                 dtype=dtype,
                 norms_every=2,
@@ -69,7 +69,7 @@ def main(config: DemoConfig) -> None:
         )
         seconds = time.perf_counter() - start
         print(f"{3 + 2 * number}/5  After training with {method}", flush=True)
-        model = load_with_adapter(TrainConfig.model, run, dtype)
+        model = load_with_adapter(ModelConfig.name, run, dtype)
         results[method] = evaluate(model, examples, progress=True).summary() | {"train_seconds": round(seconds, 1)}
     results["dtype"] = dtype
     results["stopped"] = stopped(config.out / "stable-lora")
@@ -84,7 +84,7 @@ def main(config: DemoConfig) -> None:
 
 def stopped(run: Path) -> dict[str, dict[str, int | None]]:
     """Returns, per module, how many matrices there are and the steps at which their shrink stopped."""
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = RunDirectory(run).metrics()
     norms = next(line["norms"] for line in lines if "norms" in line)
     found = stop_steps(lines)
     table = {}
@@ -121,7 +121,7 @@ def noise(results: dict) -> str:
 
 def scores(results: dict) -> str:
     """Returns the table of scores, Markdown."""
-    lines = ["| | accuracy, summed | accuracy, per token | nats a token of the right answer | training seconds |"]
+    lines = ["| | accuracy, summed | accuracy, per token | nats per token of the right answer | training seconds |"]
     lines.append("|---|---|---|---|---|")
     for name in ("before", *METHODS):
         of = results[name]

@@ -23,7 +23,7 @@ import tyro
 from experiments.cells import Cell, Options, Record, run_cells, score_questions, training
 from experiments.dynamics_tables import FIELDS, report
 from experiments.smoke import smoke
-from stable_lora_jax.training import read_metrics
+from stable_lora_jax.training import RunDirectory
 
 # (λ, η, s); λ = 0 is AdamW. One number changes at a time.
 POINTS = tuple((lam, 5e-4, 2) for lam in (0, 0.001, 0.005, 0.02))
@@ -51,7 +51,7 @@ def cells(config: DynamicsConfig) -> list[Cell]:
 
 def score(cell: Cell, directory: Path) -> Record:
     """Returns the usual scores, and the quartiles over the layers of every norm at every record."""
-    lines = [line for line in read_metrics(directory / "metrics.jsonl") if "norms" in line]
+    lines = [line for line in RunDirectory(directory).metrics() if "norms" in line]
     series: dict[str, Any] = {"steps": [line["step"] for line in lines]}
     for pair in lines[0]["norms"]:
         series[pair] = {field: [_quartiles(line["norms"][pair].get(field)) for line in lines] for field in FIELDS}

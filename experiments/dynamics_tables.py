@@ -22,7 +22,7 @@ def report(results: Path) -> str:
     for record in whole:
         for pair, steps in record["stable_at"].items():
             thirds = [[step for step in part if step] for part in np.array_split(np.array(steps), 3)]
-            shrinks = record["train"]["lam"] > 0
+            shrinks = "lam" in record["train"]
             rows.append([_name(record), pair.split("/")[-2]])
             rows[-1].append(f"{np.count_nonzero(steps)} of {len(steps)}" if shrinks else "-")
             rows[-1] += [int(np.median(part)) if part else "-" for part in thirds]
@@ -32,8 +32,8 @@ def report(results: Path) -> str:
 
 
 def _name(record: Record) -> str:
-    lam, rate = (record["train"][name] for name in ("lam", "learning_rate"))
-    return f"{f'λ = {lam:g}' if lam else 'AdamW'}, η = {rate:g}, s = {_scale(record):g}"
+    lam, rate = record["train"].get("lam"), record["train"]["learning_rate"]
+    return f"{'AdamW' if lam is None else f'λ = {lam:g}'}, η = {rate:g}, s = {_scale(record):g}"
 
 
 def _scale(record: Record) -> float:

@@ -2,10 +2,11 @@
 
 import os
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from stable_lora_jax.training.provenance import commit as package_commit
+from stable_lora_jax.training.provenance import versions
 
 
 def machine() -> dict[str, Any]:
@@ -28,17 +29,6 @@ def has_bfloat16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"})
 
 
-def versions(*names: str) -> dict[str, str]:
-    """Returns the versions of Python and of those of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def provenance() -> dict[str, Any]:
     """Returns what made a line: commit (with + if the code was changed since), versions, machine."""
     import jax
@@ -51,15 +41,6 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """Returns the checkout's commit, with + if the code was changed since; nothing without git."""
-    head = _git("rev-parse", "--short=10", "HEAD")
-    return head + ("+" if head and _git("status", "--porcelain", "--", "stable_lora_jax", "experiments/*.py") else "")
-
-
-def _git(*arguments: str) -> str:
-    root = Path(__file__).parent.parent  # a Ray task may run in any directory
-    try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+def commit() -> str | None:
+    """Returns the checkout's commit, with + if the code was changed since; None without git."""
+    return package_commit(Path(__file__).parent, ("../stable_lora_jax", "*.py"))

@@ -53,7 +53,7 @@ class QaConfig(Options):
 
 
 def search_cells(config: QaConfig, task: str, method: str) -> list[Cell]:
-    lams = config.lams if method == "stable-lora" else (0.0,)
+    lams = config.lams if method == "stable-lora" else (None,)
     cells = []
     for rate, scale, lam in itertools.product(config.learning_rates, config.scales, lams):
         numbers = {"learning_rate": rate, "alpha": 8 * scale, "lam": lam, "seed": 100}
@@ -72,7 +72,7 @@ def best_numbers(searched: Sequence[Record]) -> dict[str, float]:
         told = {record["failed"] for record in searched}
         raise ValueError(f"Every cell of the search failed ({'; '.join(sorted(told))}). Search smaller η and s.")
     best = max(whole, key=lambda record: (record["accuracy_token"], -record["nll_token"]))
-    return {name: best["train"][name] for name in NUMBERS}
+    return {name: best["train"][name] for name in NUMBERS if name in best["train"]}
 
 
 def reported_cells(config: QaConfig, task: str, method: str, numbers: dict[str, float]) -> list[Cell]:
@@ -110,7 +110,7 @@ def main(config: QaConfig) -> None:
         if config.part.startswith("1/"):
             references(config, task)
         if {"adamw", "stable-lora"} <= best.keys():
-            numbers = best["stable-lora"] | {"lam": 0.0}
+            numbers = {name: best["stable-lora"][name] for name in best["adamw"]}
             if numbers != best["adamw"]:
                 run_cells("qa_controls", reported_cells(config, task, "adamw", numbers), config)
     print(report(config.results))

@@ -7,7 +7,7 @@ from experiments import tables
 from experiments.cells import Record, read_lines
 
 # Fields in which the methods of one table differ.
-VARIED = ("method", "learning_rate", "alpha", "lam")
+VARIED = (*tables.OF_METHODS, "learning_rate", "alpha")
 CHANCE = """\
 The intervals ignore the search, which used one seed and 400 questions (a standard error of 2.3 points), so what it
 chose is partly chance. * The best η was the smallest or the largest searched: a better one may lie beyond; s and λ were
@@ -28,7 +28,7 @@ def report(results: Path) -> str:
             train = each[0]["train"]
             rates = {line["train"]["learning_rate"] for line in search if line["train"]["method"] == method}
             edge = "*" if len(rates) > 1 and train["learning_rate"] in (min(rates), max(rates)) else ""
-            numbers = f"{train['learning_rate']:g}{edge}, {train['alpha'] / train['rank']:g}, {train['lam'] or '-'}"
+            numbers = f"{train['learning_rate']:g}{edge}, {train['alpha'] / train['rank']:g}, {train.get('lam', '-')}"
             rows.append([method, numbers, *scores[method]])
         one = of_task[0]
         text += f"**{tables.task_of(one)}**, {one['questions']} questions ({Path(one['score_on']).name}), "
@@ -103,7 +103,7 @@ def _grid(search: Sequence[Record]) -> str:
     found: dict[str, dict[tuple[float, float], str]] = {}
     for line in search:
         train = line["train"]
-        row = found.setdefault(train["method"] + (f", λ = {train['lam']:g}" if train["lam"] else ""), {})
+        row = found.setdefault(train["method"] + (f", λ = {train['lam']:g}" if "lam" in train else ""), {})
         told = f"{100 * line['accuracy_token']:.1f}, {line['nll_token']:.2f}"
         row[train["alpha"] / train["rank"], train["learning_rate"]] = told
     columns = sorted({column for row in found.values() for column in row})

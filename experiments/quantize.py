@@ -22,7 +22,7 @@ from flax import nnx
 from experiments.provenance import commit, machine, versions
 from stable_lora_jax.data import Encoded, encode_all, load_task, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
-from stable_lora_jax.finetune import TrainConfig, finetune, load_base, load_with_adapter
+from stable_lora_jax.finetune import ModelConfig, RunConfig, finetune, load_base, load_with_adapter
 
 BASES: dict[str, tuple[str, Literal["int8", "nf4"] | None]] = {
     "float32": ("float32", None),
@@ -48,7 +48,7 @@ class QuantizeConfig:
 
 def main(config: QuantizeConfig) -> None:
     began = time.perf_counter()
-    examples = encode_all(load_tokenizer(TrainConfig.model), load_task("arc_easy", "validation")[:: config.every])
+    examples = encode_all(load_tokenizer(ModelConfig.name), load_task("arc_easy", "validation")[:: config.every])
     rows = {}
     for name in BASES:
         rows[name] = row(name, config, examples)
@@ -65,15 +65,15 @@ def main(config: QuantizeConfig) -> None:
 def row(name: str, config: QuantizeConfig, examples: list[Encoded]) -> dict[str, Any]:
     """Returns what is measured of one base."""
     dtype, quantize = BASES[name]
-    base = load_base(TrainConfig.model, dtype, quantize)
+    base = load_base(ModelConfig.name, dtype, quantize)
     measured: dict[str, Any] = {"base_bytes": base_bytes(base), "before": evaluate(base, examples).summary()}
     run = config.runs / name
     start = time.perf_counter()
     finetune(
-        TrainConfig(steps=config.steps, dtype=dtype, quantize=quantize, norms_every=60, run_dir=run, overwrite=True)
+        RunConfig.of(steps=config.steps, dtype=dtype, quantize=quantize, norms_every=60, run_dir=run, overwrite=True)
     )
     measured["train_seconds"] = round(time.perf_counter() - start, 1)
-    trained = load_with_adapter(TrainConfig.model, run, dtype, quantize)
+    trained = load_with_adapter(ModelConfig.name, run, dtype, quantize)
     return measured | {"after": evaluate(trained, examples).summary()}
 
 
@@ -85,7 +85,7 @@ def base_bytes(model: nnx.Module) -> int:
 def table(result: dict[str, Any]) -> str:
     """Returns the table."""
     lines = [
-        f"| base | MB | accuracy per token, before | after {result['steps']} steps | nats a token, before | after |",
+        f"| base | MB | accuracy per token, before | after {result['steps']} steps | nats per token, before | after |",
         "|" + "---|" * 6,
     ]
     for name, row in result["rows"].items():

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from experiments.cells import Options, cell_of, train_cells
+from experiments.cells import Options, cell_of, read_lines, train_cells
 from stable_lora_jax.models import Decoder, DecoderConfig, save_huggingface
-from stable_lora_jax.training import read_metrics
+from stable_lora_jax.training import RunDirectory
 
 Config = TypeVar("Config", bound=Options)
 STEPS = 4
@@ -74,15 +74,15 @@ def tiny_model(directory: Path) -> Path:
 
 def check_resume(config: Options) -> None:
     """Raises RuntimeError unless a finished run, put back to its step 2, goes on to the same adapter and stops."""
-    lines = (line for file in config.results.glob("*.jsonl") for line in read_metrics(file))
+    lines = (line for file in config.results.glob("*.jsonl") for line in read_lines(file.stem, config.results))
     line = next(line for line in lines if "train" in line)
     cell = cell_of(line)
     (whole,) = config.runs.glob(f"*/{cell.key}")
     again = config.runs.with_name("again") / cell.key
     shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / str(STEPS))
-    (again / "adapter.safetensors").unlink()
+    shutil.rmtree(RunDirectory(again).checkpoints / str(STEPS))
+    RunDirectory(again).adapter.unlink()
     (outcome,) = train_cells([cell], again.parent)
-    equal = (again / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    equal = RunDirectory(again).adapter.read_bytes() == RunDirectory(whole).adapter.read_bytes()
     if not (equal and outcome["resumed"] and outcome["stable_at"] == line["stable_at"]):
         raise RuntimeError(f"The run {cell.key}, resumed at step 2, did not end as it did uninterrupted: {outcome}.")

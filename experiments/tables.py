@@ -18,9 +18,12 @@ from stable_lora_jax.evaluation import (
     paired_p_value,
     sign_flip_p_value,
 )
+from stable_lora_jax.finetune import options_of
 
 Key = TypeVar("Key", bound=Hashable)
 
+# What belongs to methods: the options in which the methods of one table differ.
+OF_METHODS = ("method", "lam", "lam_schedule", "stop_when_stable", "ratio", "decay_only_a")
 # What `scored` returns.
 SCORES = ("seeds", "accuracy, %", "summed, %", "best of 3", "minus AdamW", "p", "over questions", "p")
 SCORES = (*SCORES, "nats per token", "minus AdamW", "p", "stable")
@@ -67,7 +70,7 @@ def setting(record: Record, *varied: str) -> str:
     """Returns all that a line was trained and scored with, but for the seed and what varies within a table."""
     # Read as today's configuration, so that lines from before an option existed are not of another setting.
     whole = cell_of(record).described()
-    whole |= whole.pop("train")
+    whole |= options_of(whole.pop("train"))
     return json.dumps({name: value for name, value in whole.items() if name not in ("seed", *varied)})
 
 

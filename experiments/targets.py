@@ -49,7 +49,7 @@ def cells(config: TargetsConfig) -> list[Cell]:
 def report(results: Path) -> str:
     """Returns the tables, one a task and setting."""
     records, text = read_lines("targets", results), ""
-    for each in tables.grouped(records, lambda record: tables.setting(record, "method", "lam", "targets")).values():
+    for each in tables.grouped(records, lambda record: tables.setting(record, *tables.OF_METHODS, "targets")).values():
         groups = tables.grouped(each, lambda record: (record["train"]["targets"], record["train"]["method"]))
         rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
         text += f"**{tables.task_of(each[0])}**, {each[0]['steps']} steps of {each[0]['train']['batch_size']}\n\n"

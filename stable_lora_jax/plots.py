@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from stable_lora_jax.extras import needs
-from stable_lora_jax.training.metrics import read_metrics, stop_steps
+from stable_lora_jax.training.metrics import stop_steps
+from stable_lora_jax.training.run_directory import RunDirectory
 
 with needs("train"):
     from matplotlib import colormaps
@@ -126,7 +127,7 @@ def _title(pair: str) -> str:
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = RunDirectory(run).metrics()
     if not lines:
         raise ValueError(f"{run} holds no metrics.jsonl with at least one line. Give the directory of a run.")
     return lines

@@ -22,12 +22,11 @@ from flax import nnx
 
 from stable_lora_jax.assets.gguf_metadata import read_gguf_metadata
 from stable_lora_jax.data import load_jsonl
-from stable_lora_jax.finetune.run_directory import check_directory
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, read_adapter_spec, save_adapter, save_peft
 from stable_lora_jax.models import config_from_hf, huggingface_module
 from stable_lora_jax.models.gguf import open_gguf
 from stable_lora_jax.models.huggingface import open_huggingface, read_json
-from stable_lora_jax.training import read_metrics
+from stable_lora_jax.training import RunDirectory, read_metrics
 from tests.models import tiny
 
 ALLOWED = (ValueError, OSError)
@@ -143,8 +142,8 @@ def readers(directory: Path) -> dict[str, Reader]:
     writer.close()
 
     def resume() -> object:
-        wanted = {"rank": 2, "model": "x"}
-        return check_directory(run, wanted, {"total_steps": 3}, resume=True, auto_resume=False, overwrite=False)
+        wanted, asked = {"adapter": {"rank": 2}}, {"resume": True, "auto_resume": False, "overwrite": False}
+        return RunDirectory(run).resumes(wanted, {"total_steps": 3}, **asked)
 
     def load() -> object:
         fresh = inject_lora(tiny.decoder(), 2, 4.0, "qv", rngs=nnx.Rngs(1))

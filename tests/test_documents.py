@@ -1,4 +1,4 @@
-"""What the documents show must run: the programs of README and docs, and every notebook. The one with Tunix runs in its tests."""
+"""What the documents show must run: programs and notebooks. The program with Tunix runs in its own tests."""
 
 import importlib
 import re

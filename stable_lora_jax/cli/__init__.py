@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from stable_lora_jax.cli.generate import GenerateConfig, generate_command
             from stable_lora_jax.cli.plan import PlanConfig, plan_command
             from stable_lora_jax.cli.plots import PlotsConfig, plots_command
-            from stable_lora_jax.cli.train import TrainConfig, train_command
+            from stable_lora_jax.cli.train import RunConfig, train_command
             from stable_lora_jax.cli.watch import WatchConfig, watch_command
             from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError
     except ModuleNotFoundError as error:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     commands = {
-        TrainConfig: ("train", train_command),
+        RunConfig: ("train", train_command),
         EvalConfig: ("eval", eval_command),
         GenerateConfig: ("generate", generate_command),
         ExportConfig: ("export", export_command),
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog="stable-lora",
             description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot, watch, plan.",
             args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),  # sections do not show
         )
         result = commands[type(config)][1](config)
     except (ValueError, OSError, NonFiniteLossError, LostProcessError, CheckpointError) as error:

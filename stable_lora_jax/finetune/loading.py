@@ -6,12 +6,12 @@ from typing import Any
 
 from flax import nnx
 
-from stable_lora_jax.finetune.config import DTYPES, TrainConfig, check_choice
-from stable_lora_jax.finetune.run_directory import ADAPTER, CHECKPOINTS, CONFIG
+from stable_lora_jax.finetune.config import DTYPES, ModelConfig, check_choice, options_of
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, quantize_linears, read_adapter_spec, same_base
 from stable_lora_jax.lora.peft_directory import CONFIG as PEFT_CONFIG
 from stable_lora_jax.models import Decoder, huggingface_module, load_model
 from stable_lora_jax.models.huggingface import read_json
+from stable_lora_jax.training import RunDirectory
 
 # The names under which others know what an alias of ours stands for.
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -20,9 +20,9 @@ HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 def base_of(given: str | None, adapter: Path | None) -> str:
     """Returns the name of the base to load: as given, or the one that the adapter names, or the default."""
     if given or adapter is None:
-        return given or TrainConfig.model
+        return given or ModelConfig.name
     if (adapter / PEFT_CONFIG).is_file():
-        named = read_json(adapter / PEFT_CONFIG).get("base_model_name_or_path") or TrainConfig.model
+        named = read_json(adapter / PEFT_CONFIG).get("base_model_name_or_path") or ModelConfig.name
         return next((alias for alias, name in HUB_NAMES.items() if name == named), named)
     return read_adapter_spec(adapter_file(adapter)).base
 
@@ -34,8 +34,8 @@ def quantization(given: str | None, adapter: Path | None) -> str | None:
 
 
 def given_or_trained(field: str, given: str | None, adapter: Path | None, default: str) -> str:
-    """Returns a field of the configuration as given, or as in an adapter's run, and tells if the two differ."""
-    run = record_of(adapter).get("config", {})
+    """Returns a option as given, or as in an adapter's run, and tells if the two differ."""
+    run = options_of(record_of(adapter).get("config", {}))
     trained = run.get(field) or default
     if given is not None and run and given != trained:
         print(f"{field}: {given} as given; {adapter} was trained with {trained}", file=sys.stderr)
@@ -46,8 +46,7 @@ def record_of(adapter: Path | None) -> dict[str, Any]:
     """Returns the config.json of the run that an adapter lies in; nothing if it lies in none."""
     if adapter is None:
         return {}
-    file = adapter_file(adapter).with_name(CONFIG)
-    return read_json(file) if file.is_file() else {}
+    return RunDirectory(adapter_file(adapter).parent).record()
 
 
 def adapter_file(adapter: Path) -> Path:
@@ -56,12 +55,13 @@ def adapter_file(adapter: Path) -> Path:
     Raises:
       ValueError: the run has not come to its end.
     """
-    if not (adapter / ADAPTER).is_file() and (adapter / CHECKPOINTS).is_dir():
+    run = RunDirectory(adapter)
+    if run.is_started:
         raise ValueError(
-            f"The run in {adapter} has no adapter yet: it was stopped, or still trains. Go on with it by `train "
+            f"The run in {adapter} has no adapter yet: it was stopped, or still trains. Resume it by `train "
             "--resume` and the values that it was started with."
         )
-    return adapter / ADAPTER if adapter.is_dir() else adapter
+    return run.adapter if adapter.is_dir() else adapter
 
 
 def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", quantize: str | None = None) -> Decoder:

@@ -5,13 +5,14 @@ the series of their median; both are named by their path, as in "norms/layers/se
 """
 
 import importlib.util
-import json
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from stable_lora_jax.training.run_directory import RunDirectory
 
 # name -> the package it needs, which is also the name of the extra
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -94,7 +95,6 @@ class _WeightsAndBiases:
         identity = run_dir / "wandb-id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)
-        record = run_dir / "config.json"
         self._histogram = wandb.Histogram
         self._run = wandb.init(
             project="stable-lora-jax",
@@ -102,7 +102,7 @@ class _WeightsAndBiases:
             dir=run_dir,
             id=identity.read_text(),
             resume="allow" if resume_step else None,
-            config=json.loads(record.read_text()) if record.exists() else {},
+            config=RunDirectory(run_dir).record(),
         )
 
     def write(self, *, step: int, **values: Any) -> None:

@@ -41,6 +41,7 @@ from stable_lora_jax.training.loggers import Logger, make_logger
 from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.methods import STACK_AXES
 from stable_lora_jax.training.metrics import MetricsFile
+from stable_lora_jax.training.run_directory import RunDirectory
 from stable_lora_jax.training.sharding import batch_sharding, check_decoder, check_rows, make_mesh, replicated
 from stable_lora_jax.training.step import StepMetrics, TrainState, compile_step, init_state, place, split_model
 
@@ -100,7 +101,7 @@ def train(
       keep_best: keep the checkpoint of lowest loss too, meaned over the steps since the one before it. After a run
         that went wrong, it is the one from before.
       loggers: what gets the metrics besides the file, by name; see `LOGGERS`.
-      resume: go on from the newest checkpoint in `run_dir`.
+      resume: continue from the newest checkpoint in `run_dir`.
       progress: show a progress bar, in the first process.
 
     Raises:
@@ -120,13 +121,14 @@ def train(
     frozen = to_mesh(frozen, place(mesh, frozen))
     # A copy: the state is donated step by step, and the model must stay whole if a step fails.
     state = to_mesh(init_state(jax.tree.map(jnp.copy, adapters), optimizer), everywhere)
-    with checkpoints(run_dir / "checkpoints", keep, keep_best) as saved, _stop_signal() as received, shared_work():
+    directory = RunDirectory(run_dir)
+    with checkpoints(directory.checkpoints, keep, keep_best) as saved, _stop_signal() as received, shared_work():
         if resume:
             state = saved.restore(state)
         elif (last := saved.latest_step()) is not None:
             raise ValueError(
-                f"{run_dir} holds checkpoints up to step {last} of an earlier run. Go on with resume=True, or give a "
-                "new directory."
+                f"{run_dir} contains checkpoints up to step {last} of an earlier run. Resume it with resume=True, or "
+                "give a new directory."
             )
         start, stopped_by = int(state.step), None
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
@@ -137,7 +139,7 @@ def train(
         with bar, ExitStack() as opened:
             files: list[Logger] = []
             if is_first():
-                files += [MetricsFile(run_dir / "metrics.jsonl", start)]
+                files += [MetricsFile(directory.metrics_file, start)]
                 files += [make_logger(name, run_dir, start) for name in loggers]
             for file in files:
                 opened.enter_context(closing(file))

@@ -52,8 +52,8 @@ def make_optimizer(
     method: str,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    lam: Lambda,
-    ratio: Number,
+    lam: Lambda | None = None,
+    ratio: Number | None = None,
     weight_decay: float,
     clip_norm: float,
     stop_when_stable: bool = True,
@@ -67,8 +67,8 @@ def make_optimizer(
     Args:
       method: one of `METHODS`.
       learning_rate: a number or a schedule.
-      lam: λ of stable-lora, in [0, 1), or a schedule; the other methods do not use it.
-      ratio: learning rate of B over that of A in lora-plus, >= 1; the other methods do not use it.
+      lam: λ of stable-lora, in [0, 1), or a schedule; the other methods have none.
+      ratio: learning rate of B over that of A in lora-plus, >= 1; the other methods have none.
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global norm of the gradients, > 0; infinity clips nothing.
       stop_when_stable: False lets stable-lora shrink A to the end of the run (the paper's ablation).
@@ -83,6 +83,9 @@ def make_optimizer(
         raise ValueError(f"clip_norm={clip_norm} is not above 0. Give inf to clip nothing.")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Known methods: {', '.join(METHODS)}.")
+    for name, value, of in (("lam", lam, "stable-lora"), ("ratio", ratio, "lora-plus")):
+        if value is None and method == of:
+            raise ValueError(f"{name} is missing, and method={method!r} needs it.")
     if decay_only_a and method not in ("adamw", "stable-lora"):
         raise ValueError(f"decay_only_a is for adamw and stable-lora, not for {method}. Leave it out.")
     clip = optax.clip_by_global_norm(clip_norm)
@@ -91,9 +94,11 @@ def make_optimizer(
         case "adamw":
             return optax.chain(clip, adamw)
         case "stable-lora":
+            assert lam is not None  # for the type checker
             shrink = stable_lora_shrink(lam, stack_axes=STACK_AXES, stop_when_stable=stop_when_stable)
             return optax.chain(clip, adamw, shrink)
         case "lora-plus":
+            assert ratio is not None
             return optax.chain(clip, lora_plus(learning_rate, ratio, weight_decay=weight_decay, stack_axes=STACK_AXES))
         case "riemannian":
             return optax.chain(clip, riemannian_adamw(learning_rate, weight_decay=weight_decay, stack_axes=STACK_AXES))

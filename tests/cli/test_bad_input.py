@@ -51,18 +51,17 @@ def flags(model_dir, data_file, tmp_path):
     ("changes", "told"),
     [
         # names
-        ("--method x", "method='x' is unknown. Known: adamw, stable-lora, lora-plus, riemannian, lora-rite"),
+        ("--method x", "invalid choice 'x' for argument '--method'. Expected one of"),
         ("--data x", "data='x' is unknown. Known: arc_easy"),
         ("--data x.csv", "data='x.csv' is unknown"),
         ("--data none.jsonl", "No such file or directory: 'none.jsonl'"),
         ("--model x", "no tokenizer 'x': allowed are 'smollm2-135m', an existing .gguf file"),
-        ("--loss x", "loss='x' is unknown. Known: answer, choices"),
-        ("--prompt-format x", "prompt_format='x' is unknown. Known: cloze, letter"),
-        ("--lam-schedule x", "lam_schedule='x' is unknown. Known: cosine, linear, constant"),
-        ("--drop-overlap", "drop_overlap is for tasks"),
+        ("--loss x", "invalid choice 'x' for argument '--loss'. Expected one of"),
+        ("--prompt-format x", "invalid choice 'x' for argument '--prompt-format'. Expected one of"),
+        ("--lam-schedule x", "invalid choice 'x' for argument '--lam-schedule'"),
         ("--run-dir gs://bucket/run", "run_dir=gs:/bucket/run is a URL"),
-        ("--schedule x", "schedule='x' is unknown. Known: cosine, linear, constant"),
-        ("--dtype x", "dtype='x' is unknown. Known: float32, bfloat16"),
+        ("--schedule x", "invalid choice 'x' for argument '--schedule'. Expected one of"),
+        ("--dtype x", "invalid choice 'x' for argument '--dtype'. Expected one of"),
         ("--source x", "invalid choice 'x' for argument '--source'. Expected one of ('wheel', 'hub')"),
         ("--targets x", "LoRA targets ['x'] match no Linear layer"),
         ("--targets (", "LoRA targets '(' are no regular expression"),
@@ -75,8 +74,8 @@ def flags(model_dir, data_file, tmp_path):
         ("--lam-schedule cosine --lam 2", "lam=2.0 is not in [0, 1)"),
         ("--holdout 24", "hold out 24 of 24"),
         (
-            "--decay-only-a --weight-decay 1 --method lora-rite",
-            "decay_only_a is for adamw and stable-lora, not for lora-rite",
+            "--decay-only-a True --weight-decay 1 --method lora-rite",
+            "decay_only_a=True belongs to adamw and stable-lora; method='lora-rite' has none",
         ),
         ("--method lora-plus --ratio 0.5", "ratio=0.5 is not in [1, inf)"),
         ("--learning-rate -1", "learning_rate=-1.0 is not in [0, inf)"),
@@ -98,9 +97,9 @@ def flags(model_dir, data_file, tmp_path):
         ("--batch-size 25", "batch_size is 25; allowed are 1 to the number of examples, 24"),
         ("--accumulate 3", "A batch of 4 rows does not split into accumulate=3 equal parts"),
         ("--accumulate 0", "A batch of 4 rows does not split into accumulate=0 equal parts"),
-        ("--method adamw --no-stop-when-stable", "are stable-lora's; method='adamw' has no λ"),
-        ("--method adamw --lam-schedule cosine", "are stable-lora's; method='adamw' has no λ"),
-        ("--decay-only-a", "weight_decay is 0. Give --weight-decay too"),
+        ("--method adamw --stop-when-stable False", "belongs to stable-lora; method='adamw' has none"),
+        ("--method adamw --lam 0.1", "lam=0.1 belongs to stable-lora; method='adamw' has none"),
+        ("--decay-only-a True", "weight_decay is 0. Give --weight-decay too"),
         ("--source hub", "source='hub' is for tasks"),
         ("--max-length 4", "examples take more than max_length=4 tokens, up to "),
         ("--save-every 0", "save_every=0 is below 1"),
@@ -127,7 +126,7 @@ def test_completions_have_no_choices(flags, tmp_path, capsys):
     before = snapshot(tmp_path)
     told = refuse(capsys, [*flags, "--data", file, "--loss", "choices"])
     assert "loss='choices' compares answers; " in told
-    assert "data.jsonl holds completions" in told
+    assert "data.jsonl contains completions" in told
     assert snapshot(tmp_path) == before
 
 
@@ -241,7 +240,7 @@ def test_places(flags, tmp_path, model_dir, data_file, capsys):
     (tmp_path / "file").write_text("mine")
     before = snapshot(tmp_path)
     start = [flag for flag in flags if flag != "--overwrite"]
-    assert "is not empty. Go on with --resume" in refuse(capsys, start)
+    assert "is not empty. Resume with --resume" in refuse(capsys, start)
     assert "no run to resume in" in refuse(capsys, [*start, "--resume", "--run-dir", tmp_path / "none"])
     assert "is a file" in refuse(capsys, [*start, "--run-dir", tmp_path / "file"])
     assert "Not a directory" in refuse(capsys, [*start, "--run-dir", tmp_path / "file" / "run"])

@@ -12,8 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from stable_lora_jax.finetune.run_directory import exclusive_lock
-from stable_lora_jax.training import newest_step, read_metrics
+from stable_lora_jax.training import RunDirectory, newest_step, read_metrics
 from tests.cli.test_cli import code_of
 
 STEPS, HEARTBEAT = 160, 10
@@ -95,7 +94,7 @@ def test_one_run_by_two_processes_then_four_then_one(flags, tmp_path, capsys):
     assert {step: by_four[step] for step in range(1, kept + 1)} == {step: by_two[step] for step in range(1, kept + 1)}
 
     # One process finishes, once no other is there.
-    with exclusive_lock(run):
+    with RunDirectory(run).exclusive_lock():
         assert code_of([*flags, "--run-dir", run, "--resume"]) == 2
     assert "Another process trains in" in capsys.readouterr().err
     assert code_of([*flags, "--run-dir", run, "--resume"]) == 0

@@ -79,7 +79,7 @@ def test_it_follows_a_run_to_its_end(watched, tmp_path, monkeypatch):
     assert ["http-equiv" in page for page in (*seen, file.read_text())] == [True, True, False]
 
 
-@pytest.mark.parametrize("at", ["read_metrics", "time.sleep"])
+@pytest.mark.parametrize("at", ["RunDirectory", "time.sleep"])
 def test_an_interrupt_ends_the_watching_at_any_moment(tmp_path, monkeypatch, at):
     def interrupt(*args):
         raise KeyboardInterrupt

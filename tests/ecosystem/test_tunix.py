@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.ecosystem.watching import Watch, beside
 from tests.documents import programs
+from tests.ecosystem.watching import Watch, beside
 
 pytest.importorskip("tunix", reason="Tunix has an environment of its own: make test-tunix")
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments.cells import Cell, Options, append, finished, part_of, read_lines, run_cells, stable_at
-from stable_lora_jax.finetune import TrainConfig
+from experiments.cells import Cell, Options, append, as_written, finished, part_of, read_lines, run_cells, stable_at
+from stable_lora_jax.finetune import RunConfig
 from tests.models import tiny
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> TrainConfig:
+def base(tmp_path_factory) -> RunConfig:
     folder = tmp_path_factory.mktemp("cells")
     lines = [{"question": f"{i:02}?", "choices": [f"{i:02}", "xx"], "answer_index": 0} for i in range(24)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = {"batch_size": 4, "rank": 2, "loss": "choices", "holdout": 8, "lam": 0.1, "steps": 4}
-    return TrainConfig(model=str(tiny.save_with_tokenizer(folder / "model")), data=str(folder / "sums.jsonl"), **common)
+    return RunConfig.of(
+        model=str(tiny.save_with_tokenizer(folder / "model")), data=str(folder / "sums.jsonl"), **common
+    )
 
 
 def options_in(folder: Path, **changes) -> Options:
@@ -30,15 +31,20 @@ def options_in(folder: Path, **changes) -> Options:
 
 def test_the_key_is_of_what_is_computed(base, tmp_path):
     key = Cell(train=base).key
-    assert Cell(train=replace(base, run_dir=tmp_path, save_every=1, resume=True)).key == key
+    assert Cell(train=base.with_options(run_dir=tmp_path, save_every=1, resume=True)).key == key
     whole: dict[str, Any] = {"alpha": 16, "lam": 0}  # as the command line would not write them
-    assert Cell(train=replace(base, **whole)).key == Cell(train=replace(base, alpha=16.0, lam=0.0)).key
-    others = [Cell(train=replace(base, seed=1)), Cell(train=replace(base, lam=0.2)), Cell(train=base, score_on="test")]
+    assert Cell(train=base.with_options(**whole)).key == Cell(train=base.with_options(alpha=16.0, lam=0.0)).key
+    others = [
+        Cell(train=base.with_options(seed=1)),
+        Cell(train=base.with_options(lam=0.2)),
+        Cell(train=base, score_on="test"),
+    ]
     assert len({key, *(cell.key for cell in others)}) == 4
     # A line from before an option existed still counts: what it did is today's default.
     old = {"data": "arc_easy", "method": "adamw", "seed": 3}
-    append(tmp_path / "old.jsonl", {"train": old, "score_on": "validation"})
-    assert list(finished("old", tmp_path)) == [Cell(train=TrainConfig(**old)).key]
+    sections = {"data": {"name": "arc_easy"}, "method": {"name": "adamw"}, "schedule": {"seed": 3}}
+    append(tmp_path / "old.jsonl", {"train": sections, "score_on": "validation"})
+    assert list(finished("old", tmp_path)) == [Cell(train=RunConfig.of(**old)).key]
 
 
 def test_steps_until_stable_of_stacks_and_of_single_pairs(tmp_path):
@@ -52,7 +58,7 @@ def test_steps_until_stable_of_stacks_and_of_single_pairs(tmp_path):
 
 def test_together_is_as_alone_and_a_failure_is_a_line_too(base, tmp_path):
     numbers = [{"learning_rate": 1e-2, "alpha": 4.0}, {"learning_rate": 3e38}, {"seed": 1, "alpha": 16.0}]
-    cells = [Cell(train=replace(base, **each), score_on="holdout") for each in numbers]
+    cells = [Cell(train=base.with_options(**each), score_on="holdout") for each in numbers]
     alone = run_cells("x", cells[:2], options_in(tmp_path / "alone"))
     options = options_in(tmp_path / "together", together=4)
     together = run_cells("x", cells, options)
@@ -77,11 +83,11 @@ def test_together_is_as_alone_and_a_failure_is_a_line_too(base, tmp_path):
 def test_ray_runs_what_is_missing(base, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else it leaves a token in the home directory
-    cells = [Cell(train=replace(base, seed=seed), score_on="holdout") for seed in range(3)]
+    cells = [Cell(train=base.with_options(seed=seed), score_on="holdout") for seed in range(3)]
     alone = run_cells("x", cells, options_in(tmp_path / "alone"))
     options = options_in(tmp_path / "ray", ray=1)
-    append(options.results / "x.jsonl", alone[0])  # found there, not run again
-    failing = Cell(train=replace(base, data=str(tmp_path / "nowhere.jsonl")))
+    append(options.results / "x.jsonl", as_written(alone[0]))  # found there, not run again
+    failing = Cell(train=base.with_options(data=str(tmp_path / "nowhere.jsonl")))
     ray.init(num_cpus=2, include_dashboard=False)
     try:
         with pytest.raises(ray.exceptions.RayError, match=r"nowhere\.jsonl"):
@@ -107,9 +113,9 @@ def test_without_ray_the_error_names_the_extra(base, tmp_path, monkeypatch):
 
 
 def test_parts_are_all_cells_once(base, tmp_path):
-    cells = [Cell(train=replace(base, seed=seed)) for seed in range(5)]
+    cells = [Cell(train=base.with_options(seed=seed)) for seed in range(5)]
     parts = [part_of(cells, f"{i}/3") for i in (1, 2, 3)]
-    assert sorted(cell.train.seed for part, _ in parts for cell in part) == [0, 1, 2, 3, 4]
+    assert sorted(cell.train.schedule.seed for part, _ in parts for cell in part) == [0, 1, 2, 3, 4]
     assert [suffix for _, suffix in parts] == [".1of3", ".2of3", ".3of3"]
     assert part_of(cells, "1/1") == (cells, "")
     for name in ("x", "x.2of3", "xy", "x.1of3"):

@@ -23,8 +23,8 @@ def test_smoke(name, capsys):
 def test_methods_are_chosen_at_every_length():
     config = ablation.AblationConfig(lengths=(1, 3), steps=10, seeds=2, methods=("stable-lora",))
     trained = [cell.train for cell in ablation.cells(config)]
-    assert {train.method for train in trained} == {"stable-lora"}
-    longer = [(train.lam, train.seed) for train in trained if train.steps == 30]
+    assert {train.method.name for train in trained} == {"stable-lora"}
+    longer = [(train.method.lam, train.schedule.seed) for train in trained if train.schedule.steps == 30]
     assert longer == [(config.controls[0], 0), (config.controls[0], 1)]
 
 

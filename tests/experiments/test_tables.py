@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from experiments import qa_tables, tables, theory
-from experiments.cells import append
+from experiments.cells import append, as_written
+from stable_lora_jax.finetune import numbers_of
 
 
 def line(method: str, seed: int, bits: str, **train) -> dict:
-    train = {"data": "arc_easy", "method": method, "seed": seed, "lam": 0.1} | train
+    train = numbers_of(method, {"data": "arc_easy", "method": method, "seed": seed, "lam": 0.1} | train)
     share = bits.count("1") / len(bits)
     scores = {"accuracy_token": share, "nll_token": 1 - share, "correct_token": bits, "stable_at": {"q": [0, 3]}}
     scores["accuracy_sum"] = share / 2
@@ -66,8 +67,8 @@ def test_failed_cells_are_counted_and_left_out():
 
 def test_lines_of_two_settings_are_never_one_mean():
     other = line("stable-lora", 1, "1111111111", model="a larger one")
-    assert tables.setting(other, "method") != tables.setting(STABLE[1], "method")
-    assert tables.setting(ADAMW[0], "method") == tables.setting(STABLE[1], "method")
+    assert tables.setting(other, *tables.OF_METHODS) != tables.setting(STABLE[1], *tables.OF_METHODS)
+    assert tables.setting(ADAMW[0], *tables.OF_METHODS) == tables.setting(STABLE[1], *tables.OF_METHODS)
     # A line from before an option existed did what is today's default.
     assert tables.setting(line("adamw", 0, "01", use_rslora=False)) == tables.setting(line("adamw", 0, "01"))
     with pytest.raises(ValueError, match="stable-lora-1 and stable-lora-1 have the same seed and different settings"):
@@ -92,14 +93,14 @@ def test_predictions_of_the_theorem():
 
 
 def test_a_table_of_methods_says_what_a_number_is_worth(tmp_path):
-    common = {"model": "tiny", "dtype": "float32", "rank": 2, "learning_rate": 2e-3, "alpha": 4.0, "lam": 0.0}
+    common = {"model": "tiny", "dtype": "float32", "rank": 2, "learning_rate": 2e-3, "alpha": 4.0}
     fields = {"questions": 10, "steps": 4, "commit": "abc", "machine": {"cpu": "Xeon"}}
 
     def write(name, method, seed, bits, **train):
         made = line(method, seed, bits, **common | {"batch_size": 4} | train) | fields
         if name == "qa_search":
             made |= {"score_on": "holdout", "machine": {"cpu": "EPYC"}}
-        append(tmp_path / f"{name}.jsonl", made)
+        append(tmp_path / f"{name}.jsonl", as_written(made))
 
     for rate, bits in ((1e-3, "1110000000"), (2e-3, "1111000000")):
         write("qa_search", "adamw", 100, bits, learning_rate=rate, holdout=4)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from stable_lora_jax.finetune.run_directory import check_directory, exclusive_lock, last_start, prepare_directory
+from stable_lora_jax.training import RunDirectory
 
-CONFIG, DATA = {"rank": 2}, {"total_steps": 6, "examples_sha256": "ab"}
+CONFIG, DATA = {"adapter": {"rank": 2}}, {"total_steps": 6, "examples_sha256": "ab"}
 PLAIN = {"auto_resume": False, "overwrite": False}
 AUTO, OVER = PLAIN | {"auto_resume": True}, PLAIN | {"overwrite": True}
 RECORD = json.dumps({"config": CONFIG, **DATA})
@@ -29,12 +29,13 @@ def fill(directory, *names):
 
 def start(directory, asked, between=None):
     """Starts as the command does; `between` is what happens while the model is loaded."""
-    seen = last_start(directory)
-    if check_directory(directory, CONFIG, DATA, resume=False, **asked):
+    run = RunDirectory(directory)
+    seen = run.last_start()
+    if run.resumes(CONFIG, DATA, resume=False, **asked):
         return True
     if between:
         between()
-    prepare_directory(directory, CONFIG, DATA, seen, **asked)
+    run.prepare(CONFIG, DATA, seen, **asked)
     assert json.loads((directory / "config.json").read_text()).items() >= {"config": CONFIG, **DATA}.items()
     assert os.listdir(directory / "checkpoints") == []
     return False
@@ -73,8 +74,8 @@ def test_what_a_start_deletes(tmp_path, asked, there, kept):
 @pytest.mark.parametrize(
     ("asked", "there", "told"),
     [
-        (PLAIN, ["thesis.tex"], "is not empty. Go on with --resume, replace it with --overwrite"),
-        (PLAIN, ["checkpoints/"], "is not empty. Go on with --resume"),
+        (PLAIN, ["thesis.tex"], "is not empty. Resume with --resume, replace it with --overwrite"),
+        (PLAIN, ["checkpoints/"], "is not empty. Resume with --resume"),
         (
             OVER,
             ["thesis.tex", "figures/"],
@@ -119,30 +120,33 @@ def test_of_two_starts_the_second_is_refused(tmp_path, asked, there):
 def test_one_of_two_that_start_at_once_makes_the_checkpoints(tmp_path, monkeypatch):
     """Both have looked; the other makes checkpoints/ between the last look and ours."""
     run = tmp_path / "run"
-    monkeypatch.setattr(
-        "stable_lora_jax.finetune.run_directory.check_directory", lambda *_, **__: fill(run, "checkpoints/")
-    )
+    monkeypatch.setattr(RunDirectory, "resumes", lambda *_, **__: fill(run, "checkpoints/"))
     with pytest.raises(ValueError, match="Another run has begun"):
-        prepare_directory(run, CONFIG, DATA, (None, None), **PLAIN)
+        RunDirectory(run).prepare(CONFIG, DATA, (None, None), **PLAIN)
     assert os.listdir(run) == ["checkpoints"]
 
 
 def test_a_process_is_alone_until_it_is_killed(tmp_path):
     run = tmp_path / "run"
-    program = "import sys, pathlib\nfrom stable_lora_jax.finetune.run_directory import exclusive_lock\n"
-    program += "with exclusive_lock(pathlib.Path(sys.argv[1])):\n    print('there', flush=True)\n    input()\n"
+    program = "import sys, pathlib\nfrom stable_lora_jax.training import RunDirectory\n"
+    program += (
+        "with RunDirectory(pathlib.Path(sys.argv[1])).exclusive_lock():\n    print('there', flush=True)\n    input()\n"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "there\n"
-        with pytest.raises(ValueError, match=r"Another process trains in .*run right now"), exclusive_lock(run):
+        with (
+            pytest.raises(ValueError, match=r"Another process trains in .*run right now"),
+            RunDirectory(run).exclusive_lock(),
+        ):
             pass
         other.kill()
     for _ in range(2):
-        with exclusive_lock(run):
+        with RunDirectory(run).exclusive_lock():
             assert not start(run, PLAIN)  # what keeps others out counts as nothing there
-            with pytest.raises(ValueError, match="right now"), exclusive_lock(run):
+            with pytest.raises(ValueError, match="right now"), RunDirectory(run).exclusive_lock():
                 pass
         (run / "checkpoints").rmdir()
         (run / "config.json").unlink()
@@ -152,7 +156,7 @@ def test_a_process_is_alone_until_it_is_killed(tmp_path):
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        ({"config": {"rank": 3}, **DATA}, "started with other values .rank: run 3, now 2."),
+        ({"config": {"adapter": {"rank": 3}}, **DATA}, "with other values .adapter.rank: run 3, now 2."),
         ({"config": CONFIG, **DATA, "total_steps": 7}, "started on other data .total_steps: run 7, now 6."),
         ({"config": CONFIG, **DATA, "examples_sha256": "cd"}, "other data .examples_sha256: run 'cd', now 'ab'."),
         ({"config": CONFIG, "total_steps": 6}, "other data .examples_sha256: run None, now 'ab'."),
@@ -161,7 +165,7 @@ def test_a_process_is_alone_until_it_is_killed(tmp_path):
 def test_a_run_goes_on_as_what_it_was(tmp_path, asked, record, told):
     fill(tmp_path, "config.json", "checkpoints/3/")
     asked = {"resume": False} | asked
-    assert check_directory(tmp_path, CONFIG, DATA, **asked)
+    assert RunDirectory(tmp_path).resumes(CONFIG, DATA, **asked)
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=told):
-        check_directory(tmp_path, CONFIG, DATA, **asked)
+        RunDirectory(tmp_path).resumes(CONFIG, DATA, **asked)
