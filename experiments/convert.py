@@ -30,7 +30,7 @@ def converted(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, value in _GONE.items():
         if flat.get(name, value) != value:
             raise ValueError(f"{name}={flat[name]!r} is no more; only {value!r} can be converted. Leave the line out.")
-    options = {name: value for name, value in flat.items() if name not in _GONE}
+    options: dict[str, Any] = {"pack": False} | {name: value for name, value in flat.items() if name not in _GONE}
     return fingerprint(RunConfig.of(**numbers_of(options["method"], options)))
 
 

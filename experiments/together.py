@@ -7,8 +7,14 @@ from typing import Any
 import optax
 from flax import nnx
 
-from stable_lora_jax.data import TrainBatches
-from stable_lora_jax.finetune import RunConfig, load_base, load_training_examples, total_steps, update_rule
+from stable_lora_jax.finetune import (
+    RunConfig,
+    load_base,
+    load_training_examples,
+    total_steps,
+    training_batches,
+    update_rule,
+)
 from stable_lora_jax.lora import inject_lora, lora_modules, save_adapter
 from stable_lora_jax.models import Decoder
 from stable_lora_jax.training import RunDirectory, SweepPoint, make_loss, split_model, train_sweep
@@ -21,15 +27,7 @@ def train_together(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     """Trains all, leaves an adapter in each run directory, and returns seconds and stops of each, or how it failed."""
     start, first = time.perf_counter(), configs[0]
     examples = load_training_examples(first)
-    batches = [
-        TrainBatches(
-            examples,
-            batch_size=config.schedule.batch_size,
-            seed=config.schedule.seed,
-            max_length=config.data.max_length,
-        )
-        for config in configs
-    ]
+    batches = [training_batches(config, examples) for config in configs]
     total = total_steps(first, batches[0].steps_per_epoch)
     graph, base = nnx.split(load_base(first.model.name, first.model.dtype, first.model.quantize))
     models = [_adapted(config, nnx.merge(graph, base)) for config in configs]

@@ -12,12 +12,14 @@ with needs("train"):
         bucket,
         eval_batches,
         make_batch,
+        make_rows,
         pad_batch,
         prefetch,
     )
     from stable_lora_jax.data.chat import ChatTemplateError, has_chat_template, render_chat
     from stable_lora_jax.data.encoding import Encoded, check_fits, digest, encode_all, right_branch_only
     from stable_lora_jax.data.jsonl import Completion, load_jsonl
+    from stable_lora_jax.data.packing import PackedBatches
     from stable_lora_jax.data.prompts import PROMPT_FORMATS, format_question
     from stable_lora_jax.data.tasks import TASKS, Question, hold_out, load_task
     from stable_lora_jax.data.tokenizer import SMOLLM2, load_tokenizer
@@ -32,6 +34,7 @@ __all__ = [
     "ChatTemplateError",
     "Completion",
     "Encoded",
+    "PackedBatches",
     "Question",
     "TrainBatches",
     "bucket",
@@ -47,6 +50,7 @@ __all__ = [
     "load_task",
     "load_tokenizer",
     "make_batch",
+    "make_rows",
     "pad_batch",
     "prefetch",
     "qa_wheel",

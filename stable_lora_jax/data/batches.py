@@ -1,6 +1,7 @@
 """Rows, batches and their order: what a model sees at a step depends on (data, seed, step) only.
 
-A row holds one question. Its own tokens stand there once and are shared by all answers:
+A row holds one question, or several (see `packing`). A question's own tokens stand there once and are shared by all
+answers:
 
     tokens     q0 q1 q2 | a0 a1 | b0        prefix q (p = 3), branches a = a0 a1 a2 and b = b0 b1
     positions   0  1  2 |  3  4 |  3        a branch goes on from the prefix
@@ -9,8 +10,10 @@ A row holds one question. Its own tokens stand there once and are shared by all 
     targets    a0 a1 a2 | b0 b1
 
 A branch's first token is predicted at the last prefix token, and its last token predicts nothing, so k tokens take
-k - 1 places. Token i sees token j where j <= i and (segments[j] == segments[i] or segments[j] == 0). Padding has its
-own segment, so no token sees it but padding, which sees itself (no softmax is empty).
+k - 1 places. A second question in the row begins behind the first, with positions and segments anew, and `documents`
+tells them apart. Token i sees token j where j <= i, documents[j] == documents[i] and (segments[j] == segments[i] or
+segments[j] == 0). Padding stands last and is a document of its own, so no token sees it but padding, which sees itself
+(no softmax is empty).
 
 T and P are padded up to `bucket` sizes, so the number of compiled shapes is bounded.
 """
@@ -29,25 +32,29 @@ _CHUNK_BATCHES = 32
 
 
 class Batch(NamedTuple):
-    """B rows of T input tokens and P predicted tokens (see the module's drawing).
+    """B rows of T input tokens and P predicted tokens, of at most E questions each (see the module's drawing).
 
     Attributes:
         tokens: token numbers, 0 in padding.
         positions: position of each token in its sequence, 0 in padding.
         segments: 0 prefix, c + 1 branch c, -1 padding.
+        documents: which of the row's questions a token belongs to, from 0; -1 padding.
         read_at: index in the row of the token whose output predicts the target, 0 in padding.
         targets: token numbers to predict, 0 in padding.
         branch: branch of each target, -1 in padding.
-        answer: index of the right branch, -1 in a padding row.
+        owner: which of the row's questions a target belongs to, -1 in padding.
+        answer: index of the right branch of each question, -1 where there is none.
     """
 
     tokens: Int32[np.ndarray, "B T"]
     positions: Int32[np.ndarray, "B T"]
     segments: Int32[np.ndarray, "B T"]
+    documents: Int32[np.ndarray, "B T"]
     read_at: Int32[np.ndarray, "B P"]
     targets: Int32[np.ndarray, "B P"]
     branch: Int32[np.ndarray, "B P"]
-    answer: Int32[np.ndarray, " B"]
+    owner: Int32[np.ndarray, "B P"]
+    answer: Int32[np.ndarray, "B E"]
 
 
 def bucket(size: int, *, smallest: int, steps: int) -> int:
@@ -75,65 +82,87 @@ def make_batch(
     width: int | None = None,
     num_targets: int | None = None,
 ) -> Batch:
-    """The rows of the examples, in their order.
+    """The rows of the examples, one each, in their order.
 
     Args:
-        examples: one per row, at least one.
+        examples: at least one.
         num_rows: B; rows beyond the examples are padding. The number of examples if None.
         width: T; the bucket of the longest row if None.
         num_targets: P; the bucket of the most targets if None.
     """
-    num_rows = num_rows or len(examples)
-    width = width or _train_width(max(example.length for example in examples))
-    num_targets = num_targets or _targets_bucket(max(example.num_targets for example in examples))
+    return make_rows(
+        [[example] for example in examples],
+        num_rows=num_rows or len(examples),
+        width=width or _train_width(max(example.length for example in examples)),
+        num_targets=num_targets or targets_bucket(max(example.num_targets for example in examples)),
+        num_documents=1,
+    )
+
+
+def make_rows(
+    rows: Sequence[Sequence[Encoded]], *, num_rows: int, width: int, num_targets: int, num_documents: int
+) -> Batch:
+    """Rows of several examples each.
+
+    Args:
+        rows: the examples of each row.
+        num_rows: B, at least the number of rows; what is beyond them is padding.
+        width: T, at least the tokens of any row.
+        num_targets: P, at least the targets of any row.
+        num_documents: E, at least the examples of any row.
+    """
 
     def full(value: int, *shape: int) -> np.ndarray:
-        return np.full(shape, value, np.int32)
+        return np.full((num_rows, *shape), value, np.int32)
 
     batch = Batch(
-        tokens=full(0, num_rows, width),
-        positions=full(0, num_rows, width),
-        segments=full(-1, num_rows, width),
-        read_at=full(0, num_rows, num_targets),
-        targets=full(0, num_rows, num_targets),
-        branch=full(-1, num_rows, num_targets),
-        answer=full(-1, num_rows),
+        tokens=full(0, width),
+        positions=full(0, width),
+        segments=full(-1, width),
+        documents=full(-1, width),
+        read_at=full(0, num_targets),
+        targets=full(0, num_targets),
+        branch=full(-1, num_targets),
+        owner=full(-1, num_targets),
+        answer=full(-1, num_documents),
     )
-    for row, example in enumerate(examples):
-        _fill_row(batch, row, example)
+    for row, examples in enumerate(rows):
+        token = target = 0
+        for document, example in enumerate(examples):
+            _fill(batch, row, document, example, token, target)
+            token, target = token + example.length, target + example.num_targets
     return batch
 
 
-def pad_batch(batch: Batch, width: int, num_targets: int) -> Batch:
-    """The same rows with T padded to `width` and P to `num_targets`, neither below what they are."""
+def pad_batch(batch: Batch, width: int, num_targets: int, num_documents: int) -> Batch:
+    """The same rows with T, P and E padded to these sizes, none below what it is."""
+    sizes = {"tokens": width, "positions": width, "segments": width, "documents": width, "answer": num_documents}
+    values = {"segments": -1, "documents": -1, "branch": -1, "owner": -1, "answer": -1}
 
-    def pad(array: np.ndarray, size: int, value: int) -> np.ndarray:
-        return np.pad(array, ((0, 0), (0, size - array.shape[1])), constant_values=value)
+    def pad(name: str, array: np.ndarray) -> np.ndarray:
+        missing = sizes.get(name, num_targets) - array.shape[1]
+        return np.pad(array, ((0, 0), (0, missing)), constant_values=values.get(name, 0))
 
-    return Batch(
-        tokens=pad(batch.tokens, width, 0),
-        positions=pad(batch.positions, width, 0),
-        segments=pad(batch.segments, width, -1),
-        read_at=pad(batch.read_at, num_targets, 0),
-        targets=pad(batch.targets, num_targets, 0),
-        branch=pad(batch.branch, num_targets, -1),
-        answer=batch.answer,
-    )
+    return Batch(**{name: pad(name, array) for name, array in batch._asdict().items()})
 
 
-def _fill_row(batch: Batch, row: int, example: Encoded) -> None:
+def _fill(batch: Batch, row: int, document: int, example: Encoded, token: int, target: int) -> None:
+    """Writes an example into a row, from this token and this target on."""
     prefix_length = len(example.prefix)
-    batch.tokens[row, :prefix_length] = example.prefix
-    batch.positions[row, :prefix_length] = np.arange(prefix_length)
-    batch.segments[row, :prefix_length] = 0
-    batch.answer[row] = example.answer
-    start, first = prefix_length, 0
+    prefix = slice(token, token + prefix_length)
+    batch.tokens[row, prefix] = example.prefix
+    batch.positions[row, prefix] = np.arange(prefix_length)
+    batch.segments[row, prefix] = 0
+    batch.documents[row, token : token + example.length] = document
+    batch.answer[row, document] = example.answer
+    batch.owner[row, target : target + example.num_targets] = document
+    last, start, first = prefix.stop - 1, prefix.stop, target
     for index, tokens in enumerate(example.branches):
         inputs = slice(start, start + len(tokens) - 1)
         batch.tokens[row, inputs] = tokens[:-1]
         batch.positions[row, inputs] = np.arange(prefix_length, prefix_length + len(tokens) - 1)
         batch.segments[row, inputs] = index + 1
-        batch.read_at[row, first] = prefix_length - 1
+        batch.read_at[row, first] = last
         batch.read_at[row, first + 1 : first + len(tokens)] = np.arange(inputs.start, inputs.stop)
         batch.targets[row, first : first + len(tokens)] = tokens
         batch.branch[row, first : first + len(tokens)] = index
@@ -173,12 +202,17 @@ class TrainBatches:
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of each batch."""
+        return self.batch_size
+
+    @property
     def steps_per_epoch(self) -> int:
         """Whole batches in the data."""
         return len(self._examples) // self.batch_size
 
     def indices(self, step: int) -> Int32[np.ndarray, " B"]:
-        """Which examples the batch of a step holds, row by row."""
+        """Which examples the batch of a step holds, in the order of its rows."""
         if step < 0:
             raise ValueError(f"step is {step}; allowed are integers from 0. Count steps from the start of training.")
         epoch, batch = divmod(step, self.steps_per_epoch)
@@ -189,7 +223,7 @@ class TrainBatches:
         return sum(self._examples[index].length for index in self.indices(step))
 
     def __getitem__(self, step: int) -> Batch:
-        return self.rows(step, range(self.batch_size))
+        return self.rows(step, range(self.num_rows))
 
     def rows(self, step: int, rows: Sequence[int]) -> Batch:
         """Some rows of the batch of a step, as wide as the whole batch."""
@@ -197,7 +231,7 @@ class TrainBatches:
         return make_batch(
             [examples[row] for row in rows],
             width=_train_width(max(example.length for example in examples)),
-            num_targets=_targets_bucket(max(example.num_targets for example in examples)),
+            num_targets=targets_bucket(max(example.num_targets for example in examples)),
         )
 
     def _epoch_order(self, epoch: int) -> Int32[np.ndarray, "steps B"]:
@@ -242,7 +276,7 @@ def eval_batches(examples: Sequence[Encoded], *, max_tokens: int = 2048) -> list
     batches = []
     for group in _groups_by_width(examples, max_tokens // 2):
         width = _eval_width(examples[group[0]].length)
-        num_targets = _targets_bucket(max(examples[index].num_targets for index in group))
+        num_targets = targets_bucket(max(examples[index].num_targets for index in group))
         rows_allowed = max(1, max_tokens // width)
         rows = _ceil_div(len(group), _ceil_div(len(group), rows_allowed))
         for start in range(0, len(group), rows):
@@ -294,7 +328,8 @@ def _eval_width(length: int) -> int:
     return bucket(length, smallest=16, steps=4)
 
 
-def _targets_bucket(num_targets: int) -> int:
+def targets_bucket(num_targets: int) -> int:
+    """The number of targets that a row is padded to."""
     return bucket(num_targets, smallest=8, steps=1)
 
 

@@ -7,12 +7,12 @@ once; logits are computed only where an answer token is predicted.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
@@ -28,27 +28,31 @@ def target_log_likelihoods(model: Decoder, batch: Batch, *, one_branch: bool = F
     Args:
       model: with or without adapters.
       batch: rows of examples.
-      one_branch: whether no row has more than one branch. Attention is then plainly causal, since only padding, which
-        stands last and is not read, would see what it should not; that is what fused kernels are fastest at.
+      one_branch: whether no question has more than one branch. In rows of one question attention is then plainly
+        causal, since only padding, which stands last and is not read, would see what it should not; that is what fused
+        kernels are fastest at.
     """
-    tokens, positions, segments, read_at, targets, branch, _ = map(jnp.asarray, batch)
-    hidden = model.hidden_states(tokens, positions, None if one_branch else segments)
-    read = jnp.take_along_axis(hidden, read_at[..., None], axis=1)
-    return jnp.where(branch >= 0, _log_p(model, read, targets), 0.0)
+    arrays: Any = jax.tree.map(jnp.asarray, batch)
+    hidden = _hidden_states(model, arrays, one_branch)
+    read = jnp.take_along_axis(hidden, arrays.read_at[..., None], axis=1)
+    return jnp.where(arrays.branch >= 0, _log_p(model, read, arrays.targets), 0.0)
 
 
 def branch_log_likelihoods(
-    target: Float[Array, "B P"], branch: ArrayLike, num_branches: int
-) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Returns each branch's summed log-likelihood and its number of tokens.
+    target: Float[Array, "B P"], batch: Batch, num_branches: int
+) -> tuple[Float[Array, "B E C"], Float[Array, "B E C"]]:
+    """Returns the summed log-likelihood of each branch of each question in a row, and its number of tokens.
 
     Args:
       target: log p of the predicted tokens.
-      branch: (B, P) branch of each token, -1 in padding.
-      num_branches: C, at least the number of branches of any row.
+      batch: the rows.
+      num_branches: C, at least the number of branches of any question.
     """
-    member = (jnp.asarray(branch)[..., None] == jnp.arange(num_branches)).astype(target.dtype)
-    return jnp.einsum("bp,bpc->bc", target, member), member.sum(1)
+    shape = (*batch.answer.shape, num_branches)
+    index = jnp.where(jnp.asarray(batch.branch) >= 0, batch.owner * num_branches + batch.branch, -1)
+    member = (index[..., None] == jnp.arange(shape[1] * shape[2])).astype(target.dtype)
+    sums, counts = jnp.einsum("bp,bpc->bc", target, member), member.sum(1)
+    return sums.reshape(shape), counts.reshape(shape)
 
 
 class NonFiniteScoreError(ValueError):
@@ -164,10 +168,9 @@ def _score_chunks(graph: nnx.GraphDef, state: nnx.State, batch: Batch, where: Ar
     work of their logits, and their memory, without a compilation for every number of them.
     """
     model = nnx.merge(graph, state)
-    tokens, positions, segments, read_at, targets, _, _ = batch
-    hidden = model.hidden_states(tokens, positions, segments)
-    read = jnp.take_along_axis(hidden, read_at[..., None], axis=1).reshape(-1, hidden.shape[-1])[where]
-    targets = targets.reshape(-1)[where]
+    hidden = _hidden_states(model, batch, False)
+    read = jnp.take_along_axis(hidden, batch.read_at[..., None], axis=1).reshape(-1, hidden.shape[-1])[where]
+    targets = batch.targets.reshape(-1)[where]
 
     def score(chunk: Array, scores: Array) -> Array:
         part = [jax.lax.dynamic_slice_in_dim(array, chunk * _CHUNK, _CHUNK) for array in (read, targets)]
@@ -175,6 +178,12 @@ def _score_chunks(graph: nnx.GraphDef, state: nnx.State, batch: Batch, where: Ar
         return jax.lax.dynamic_update_slice_in_dim(scores, log_p, chunk * _CHUNK, 0)
 
     return jax.lax.fori_loop(0, chunks, score, jnp.zeros(where.shape))
+
+
+def _hidden_states(model: Decoder, batch: Any, one_branch: bool) -> Float[Array, "B T D"]:
+    segments = None if one_branch else batch.segments
+    documents = batch.documents if batch.answer.shape[1] > 1 else None
+    return model.hidden_states(batch.tokens, batch.positions, segments, documents)
 
 
 def _log_p(model: Decoder, hidden: Float[Array, "*rows D"], targets: Array) -> Float[Array, "*rows"]:

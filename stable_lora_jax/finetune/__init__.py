@@ -36,6 +36,7 @@ with needs("train"):
         finetune,
         load_training_examples,
         total_steps,
+        training_batches,
         training_items,
         update_rule,
     )
@@ -66,6 +67,7 @@ __all__ = [
     "quantization",
     "record_of",
     "total_steps",
+    "training_batches",
     "training_items",
     "update_rule",
 ]

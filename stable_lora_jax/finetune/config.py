@@ -57,6 +57,9 @@ class DataConfig:
     """cloze (answers are texts) or letter (answers are A, B, ...)."""
     max_length: int = 512
     """Longest example in tokens."""
+    pack: bool = True
+    """Lay several examples in a row, so that all batches have one shape: the step is compiled once, and little of it is
+    padding. What a step learns is the same."""
 
     def __post_init__(self):
         check_choice("loss", self.loss, LOSSES)

@@ -1,16 +1,19 @@
 """A fine-tuning run, from top to bottom."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from stable_lora_jax.data import (
     TASKS,
     Completion,
     Encoded,
+    PackedBatches,
     TrainBatches,
     check_fits,
     digest,
@@ -54,15 +57,13 @@ def finetune(config: RunConfig) -> TrainResult:
     if how.distributed or processes != (None, None, None):
         join_processes(*processes, heartbeat_timeout=how.heartbeat_timeout)
     examples = load_training_examples(config)
-    batches = TrainBatches(
-        examples, batch_size=schedule.batch_size, seed=schedule.seed, max_length=config.data.max_length
-    )
-    total = total_steps(config, batches.steps_per_epoch)
-    numbers = (schedule.learning_rate, config.method.lam, config.method.ratio)
-    optimizer, rate = update_rule(config, total, *numbers)
     sizes = parse_mesh(how.mesh)
     mesh = make_mesh(*(sizes.get(axis, 1) for axis in AXES))
     check_rows(mesh, schedule.batch_size, schedule.accumulate)
+    batches = training_batches(config, examples, mesh)
+    total = total_steps(config, batches.steps_per_epoch)
+    numbers = (schedule.learning_rate, config.method.lam, config.method.ratio)
+    optimizer, rate = update_rule(config, total, *numbers)
     directory = RunDirectory(config.directory)
     seen, written = directory.last_start(), fingerprint(config)
     data = {"total_steps": total, "examples_sha256": digest(examples)}
@@ -137,6 +138,18 @@ def load_training_examples(config: RunConfig) -> list[Encoded]:
     if (moved := sum(example.moved for example in examples)) and is_first():
         print(f"{moved} of {len(examples)} answers begin within a token: that token is learnt as a part of the answer.")
     return [right_branch_only(example) for example in examples] if config.data.loss == "answer" else examples
+
+
+def training_batches(config: RunConfig, examples: Sequence[Encoded], mesh: Mesh | None = None) -> TrainBatches:
+    """Returns the batches of every step, packed unless the configuration says otherwise."""
+    schedule = config.schedule
+    common: dict[str, Any] = {"batch_size": schedule.batch_size, "seed": schedule.seed}
+    common["max_length"] = config.data.max_length
+    if not config.data.pack:
+        return TrainBatches(examples, **common)
+    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    steps = total_steps(config, len(examples) // max(1, schedule.batch_size))
+    return PackedBatches(examples, **common, num_steps=max(1, steps), multiple=devices * schedule.accumulate)
 
 
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:

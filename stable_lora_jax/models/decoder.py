@@ -213,33 +213,39 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "batch length"],
         positions: Int[Array, "#batch length"] | None = None,
         segments: Int[Array, "batch length"] | None = None,
+        documents: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length vocab"]:
         """Float32 logits of the token after each position; arguments as in `hidden_states`."""
-        return self.logits(self.hidden_states(tokens, positions, segments))
+        return self.logits(self.hidden_states(tokens, positions, segments, documents))
 
     def hidden_states(
         self,
         tokens: Int[Array, "batch length"],
         positions: Int[Array, "#batch length"] | None = None,
         segments: Int[Array, "batch length"] | None = None,
+        documents: Int[Array, "batch length"] | None = None,
     ) -> Hidden:
         """Normalised output of the last layer.
 
-        Query i sees key j iff j <= i in row order and (segments[j] == segments[i] or segments[j] == 0). So segment 0
-        is a prefix shared by the branches 1, 2, ... (or 1, 2, ... are packed documents), and negative is padding.
+        Query i sees key j iff j <= i in row order, both are of one document, and (segments[j] == segments[i] or
+        segments[j] == 0). So segment 0 is a prefix shared by the branches 1, 2, ... of its document.
 
         Args:
             tokens: ids in [0, vocab_size).
-            positions: rotary positions from 0; None counts along the row.
-            segments: as above; None is plain causal attention.
+            positions: rotary positions from 0, anew in each document; None counts along the row.
+            segments: as above, negative is padding; None: tokens see all before them in their document.
+            documents: as above; None: a row is one document.
         """
         length = tokens.shape[1]
         if positions is None:
             positions = jnp.arange(length)[None]
-        visible = None
+        visible, causal = None, jnp.tril(jnp.ones((length, length), bool))[None]
+        if documents is not None:
+            visible = causal & (documents[:, None, :] == documents[:, :, None])
         if segments is not None:
-            keys, causal = segments[:, None, :], jnp.tril(jnp.ones((length, length), bool))[None]
-            visible = causal & ((keys == segments[:, :, None]) | (keys == 0))
+            keys = segments[:, None, :]
+            ours = (keys == segments[:, :, None]) | (keys == 0)
+            visible = ours & (causal if visible is None else visible)
         return self._run(tokens, positions, visible, None)[0]
 
     def extend(

@@ -131,7 +131,17 @@ def step_shapes(workload: Workload, *, unroll: bool = False) -> StepShapes:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     row, targets = integers(workload.rows, workload.length), integers(workload.rows, workload.num_targets)
-    batch = Batch(row, row, row, targets, targets, targets, integers(workload.rows))
+    batch = Batch(
+        tokens=row,
+        positions=row,
+        segments=row,
+        documents=row,
+        read_at=targets,
+        targets=targets,
+        branch=targets,
+        owner=targets,
+        answer=integers(workload.rows, 1),
+    )
     state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), adapters)
     return StepShapes(graph, make_loss("answer", 1), optimizer, state, frozen, batch)
 

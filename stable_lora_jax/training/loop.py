@@ -115,7 +115,7 @@ def train(
     check_intervals(total_steps=total_steps, norms_every=norms_every, save_every=save_every)
     mesh = mesh or make_mesh()
     by_rows, everywhere = batch_sharding(mesh), replicated(mesh)
-    check_rows(mesh, batches.batch_size, accumulate)
+    check_rows(mesh, batches.num_rows, accumulate)
     check_decoder(mesh, model)
     graph, adapters, frozen = split_model(model)
     frozen = to_mesh(frozen, place(mesh, frozen))
@@ -133,7 +133,7 @@ def train(
         start, stopped_by = int(state.step), None
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
         told_to_stop = max_across_processes(mesh)
-        rows = BatchRows(batches, local_rows(by_rows, batches.batch_size))
+        rows = BatchRows(batches, local_rows(by_rows, batches.num_rows))
         shown = progress and is_first()
         bar = tqdm(total=total_steps, initial=start, desc="train", unit="step", disable=not shown)
         with bar, ExitStack() as opened:
@@ -149,7 +149,7 @@ def train(
             for index, batch in prefetch(rows, start, total_steps):
                 recorded = (index + 1) % norms_every == 0 or index + 1 == total_steps
                 before = jax.tree.map(jnp.copy, state.adapters) if recorded else None
-                state, metrics = step(state, frozen, rows_to_mesh(batch, by_rows, batches.batch_size))
+                state, metrics = step(state, frozen, rows_to_mesh(batch, by_rows, batches.num_rows))
                 record.step(index + 1, metrics, batches.num_tokens(index))
                 saved.check()
                 if before is not None:

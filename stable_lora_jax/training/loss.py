@@ -43,10 +43,10 @@ def _answer_loss(model: Decoder, batch: Batch) -> tuple[Array, Array]:
 
 
 def _choices_loss(model: Decoder, batch: Batch, num_branches: int) -> tuple[Array, Array]:
-    sums, counts = branch_log_likelihoods(target_log_likelihoods(model, batch), batch.branch, num_branches)
+    sums, counts = branch_log_likelihoods(target_log_likelihoods(model, batch), batch, num_branches)
     scores = jnp.where(counts > 0, sums / jnp.maximum(counts, 1), -jnp.inf)
     real = jnp.asarray(batch.answer >= 0)
-    scores = jnp.where(real[:, None], scores, 0.0)  # a padding row has no branch: keep its softmax finite
+    scores = jnp.where(real[..., None], scores, 0.0)  # where there is no question: keep its softmax finite
     log_share = jax.nn.log_softmax(scores, axis=-1)
-    chosen = jnp.take_along_axis(log_share, jnp.maximum(batch.answer, 0)[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(log_share, jnp.maximum(batch.answer, 0)[..., None], axis=-1)[..., 0]
     return -jnp.where(real, chosen, 0.0).sum(), real.sum().astype(jnp.float32)

@@ -154,8 +154,8 @@ def _at_scale(loss: Loss, scale: Number) -> Loss:
 
 def _stack(batches: Sequence[Batch]) -> Batch:
     """Returns the batches, padded to one shape, along a new leading axis."""
-    width, num_targets = max(b.tokens.shape[1] for b in batches), max(b.targets.shape[1] for b in batches)
-    return Batch(*map(np.stack, zip(*(pad_batch(b, width, num_targets) for b in batches), strict=True)))
+    sizes = [max(getattr(b, name).shape[1] for b in batches) for name in ("tokens", "targets", "answer")]
+    return Batch(*map(np.stack, zip(*(pad_batch(b, *sizes) for b in batches), strict=True)))
 
 
 def _first(flags: Bool[np.ndarray, "steps *shape"]) -> Int[np.ndarray, "*shape"]:

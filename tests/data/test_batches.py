@@ -49,9 +49,11 @@ def test_row_by_hand() -> None:
     assert batch.read_at[0].tolist() == [2, 3, 4, 2, 2, 5, 0, 0]
     assert batch.targets[0].tolist() == [20, 21, 22, 30, 40, 41, 0, 0]
     assert batch.branch[0].tolist() == [0, 0, 0, 1, 2, 2, -1, -1]
-    assert batch.answer.tolist() == [2, -1]
+    assert batch.answer.tolist() == [[2], [-1]]
+    assert batch.documents[0].tolist() == [0] * 6 + [-1] * 10
+    assert batch.owner[0].tolist() == [0] * 6 + [-1] * 2
     assert all(array.dtype == np.int32 for array in batch)
-    for name in ("segments", "branch"):
+    for name in ("segments", "documents", "branch", "owner"):
         assert (getattr(batch, name)[1] == -1).all()
 
 
@@ -140,7 +142,7 @@ def test_evaluation_covers_all(examples: list[Encoded], max_tokens: int) -> None
     for indices, batch in batches:
         rows, width = batch.tokens.shape
         assert rows == 1 or rows * width <= max_tokens
-        assert (batch.answer >= 0).tolist() == [True] * len(indices) + [False] * (rows - len(indices))
+        assert (batch.answer[:, 0] >= 0).tolist() == [True] * len(indices) + [False] * (rows - len(indices))
         expected = make_batch(
             [examples[i] for i in indices], num_rows=rows, width=width, num_targets=batch.targets.shape[1]
         )

@@ -1,12 +1,14 @@
 """Scores against a naive pass, and the real model against transformers."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from stable_lora_jax.data import Encoded, encode_all, load_task, load_tokenizer, make_batch
+from stable_lora_jax.data import Encoded, encode_all, load_task, load_tokenizer, make_batch, make_rows
 from stable_lora_jax.evaluation import Evaluation, branch_log_likelihoods, evaluate, target_log_likelihoods
 from stable_lora_jax.models import load_model
 from tests.training.tiny_runs import adapted, naive_log_likelihoods, questions, trees_equal
@@ -33,22 +35,23 @@ def test_training_and_evaluation_score_alike(expected):
     batch = make_batch(EXAMPLES, num_rows=14)
     target = nnx.jit(target_log_likelihoods)(adapted(), batch)
     assert not np.asarray(target)[batch.branch < 0].any()
-    sums, counts = branch_log_likelihoods(target, batch.branch, 4)
+    sums, counts = branch_log_likelihoods(target, batch, 4)
     for row, (wanted, example) in enumerate(zip(expected, EXAMPLES, strict=True)):
-        np.testing.assert_allclose(sums[row, : len(wanted)], wanted, atol=1e-4)
-        assert counts[row, : len(wanted)].tolist() == [len(branch) for branch in example.branches]
+        np.testing.assert_allclose(sums[row, 0, : len(wanted)], wanted, atol=1e-4)
+        assert counts[row, 0, : len(wanted)].tolist() == [len(branch) for branch in example.branches]
     assert not counts[12:].any()
 
 
 def test_branches_against_a_loop():
     random = np.random.default_rng(0)
-    target, branch = random.normal(size=(5, 17)), random.integers(-1, 3, (5, 17))
-    sums, counts = branch_log_likelihoods(jnp.asarray(target, jnp.float32), branch, 3)
-    for row in range(5):
-        for choice in range(3):
-            chosen = target[row][branch[row] == choice]
-            np.testing.assert_allclose(sums[row, choice], chosen.sum(), atol=1e-5)
-            assert counts[row, choice] == len(chosen)
+    target, branch = random.normal(size=(5, 17)), random.integers(-1, 3, (5, 17)).astype(np.int32)
+    owner = np.where(branch < 0, -1, random.integers(0, 2, (5, 17))).astype(np.int32)
+    batch = make_rows([], num_rows=5, width=4, num_targets=17, num_documents=2)._replace(branch=branch, owner=owner)
+    sums, counts = branch_log_likelihoods(jnp.asarray(target, jnp.float32), batch, 3)
+    for row, question, choice in itertools.product(range(5), range(2), range(3)):
+        chosen = target[row][(branch[row] == choice) & (owner[row] == question)]
+        np.testing.assert_allclose(sums[row, question, choice], chosen.sum(), atol=1e-5)
+        assert counts[row, question, choice] == len(chosen)
 
 
 def test_figures_by_hand():

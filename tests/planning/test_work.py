@@ -54,8 +54,8 @@ def test_adapters_add_little_to_what_the_backward_pass_keeps():
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_the_estimate_knows_what_lies_between_steps(sizes):
     memory = lower(WORKLOAD, make_mesh(*sizes)).compile().memory_analysis()
-    # The answers' numbers and the segments, for which this loss, one branch per row, has no use.
-    unread = 4 * WORKLOAD.rows * (1 + WORKLOAD.length) // (sizes[0] * sizes[1])
+    # The answers' numbers, segments, documents and owners, for which this loss, of one answer per row, has no use.
+    unread = 4 * WORKLOAD.rows * (1 + 2 * WORKLOAD.length + WORKLOAD.num_targets) // (sizes[0] * sizes[1])
     estimate = estimated_work(WORKLOAD, abstract_mesh(*sizes))
     assert estimate.arguments == memory.argument_size_in_bytes + unread
 

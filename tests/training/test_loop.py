@@ -244,7 +244,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         run(tmp_path, resume=True)
     run(tmp_path, steps=1)
-    with pytest.raises(ValueError, match=r"holds checkpoints up to step 1.*resume"):
+    with pytest.raises(ValueError, match=r"contains checkpoints up to step 1.*resume"):
         run(tmp_path, steps=2)
     with pytest.raises(ValueError, match=r"batch of 8 rows.*data=3"):
         run(tmp_path / "mesh", steps=1, mesh=make_mesh(3))
