@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.bench_timing import ANSWER, BATCH, peak_gigabytes, random_rows, timed
+from experiments.bench_timing import answer_batch, peak_gigabytes, random_rows, timed
 from experiments.provenance import commit, machine, versions
 
 
@@ -71,7 +71,6 @@ def measure(config: BenchConfig, count: int) -> dict[str, Any]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from stable_lora_jax.data import Batch
     from stable_lora_jax.lora import inject_lora
     from stable_lora_jax.models import load_model
     from stable_lora_jax.training import (
@@ -89,10 +88,7 @@ def measure(config: BenchConfig, count: int) -> dict[str, Any]:
     model = inject_lora(load_model("smollm2-135m", dtype=width, param_dtype=width), 8, 16.0, "qv", rngs=nnx.Rngs(0))
     graph, adapters, frozen = split_model(model)
     tokens, targets = random_rows(config.length)
-    read_at = np.broadcast_to(np.arange(config.length - ANSWER, config.length), targets.shape)
-    positions, zeros = np.broadcast_to(np.arange(config.length), tokens.shape), np.zeros_like(tokens)
-    arrays = (tokens, positions, zeros, read_at, targets, np.zeros_like(targets), np.zeros(BATCH))
-    batch = jax.device_put(Batch(*(np.asarray(x, np.int32) for x in arrays)))
+    batch = jax.device_put(answer_batch(tokens, targets))
     batches = jax.tree.map(lambda x: jnp.stack([x] * count), batch)
 
     def optimizer(point: SweepPoint) -> Any:

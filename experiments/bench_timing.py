@@ -17,6 +17,26 @@ def random_rows(length: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, VOCABULARY, (BATCH, length)), rng.integers(0, VOCABULARY, (BATCH, ANSWER))
 
 
+def answer_batch(tokens: np.ndarray, targets: np.ndarray) -> Any:
+    """Returns a `Batch` of rows whose last tokens are predicted."""
+    from stable_lora_jax.data import Batch
+
+    (rows, length), answer = tokens.shape, targets.shape[1]
+    zeros, firsts = np.zeros_like(tokens), np.zeros_like(targets)
+    batch = Batch(
+        tokens=tokens,
+        positions=np.broadcast_to(np.arange(length), tokens.shape),
+        segments=zeros,
+        documents=zeros,
+        read_at=np.broadcast_to(np.arange(length - answer, length), targets.shape),
+        targets=targets,
+        branch=firsts,
+        owner=firsts,
+        answer=np.zeros((rows, 1)),
+    )
+    return Batch(*(np.asarray(each, np.int32) for each in batch))
+
+
 def timed(step: Any, count: int) -> list[float]:
     """Returns the seconds of `count` calls, after one that is not counted."""
     step()

@@ -11,6 +11,7 @@ from experiments.bench_timing import (
     BATCH,
     FROZEN_LAYER_WEIGHTS,
     VOCABULARY,
+    answer_batch,
     peak_gigabytes,
     random_rows,
     timed,
@@ -30,7 +31,6 @@ def ours(length: int, dtype: str, steps: int) -> dict[str, Any]:
     from flax import nnx
 
     from stable_lora_jax import stable_lora_shrink
-    from stable_lora_jax.data import Batch
     from stable_lora_jax.lora import inject_lora
     from stable_lora_jax.models import load_model
     from stable_lora_jax.training import compile_step, init_state, make_loss, make_mesh, split_model
@@ -42,12 +42,7 @@ def ours(length: int, dtype: str, steps: int) -> dict[str, Any]:
     adamw = optax.adamw(5e-4)
     optimizer = optax.chain(adamw, stable_lora_shrink(0.001))
     tokens, targets = random_rows(length)
-    read_at = np.broadcast_to(np.arange(length - ANSWER, length), targets.shape)
-    zeros = np.zeros_like(tokens)
-    positions = np.broadcast_to(np.arange(length), tokens.shape)
-    batch = jax.device_put(Batch(*(np.asarray(x, np.int32) for x in (
-        tokens, positions, zeros, read_at, targets, np.zeros_like(targets), np.zeros(BATCH)
-    ))))  # fmt: skip
+    batch = jax.device_put(answer_batch(tokens, targets))
     mesh = make_mesh()
     step = compile_step(graph, make_loss("answer", 1), optimizer, mesh=mesh, frozen=frozen)
     state = jax.device_put(init_state(jax.tree.map(jnp.copy, adapters), optimizer), replicated(mesh))

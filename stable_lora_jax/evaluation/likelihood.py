@@ -35,7 +35,7 @@ def target_log_likelihoods(model: Decoder, batch: Batch, *, one_branch: bool = F
     arrays: Any = jax.tree.map(jnp.asarray, batch)
     hidden = _hidden_states(model, arrays, one_branch)
     read = jnp.take_along_axis(hidden, arrays.read_at[..., None], axis=1)
-    return jnp.where(arrays.branch >= 0, _log_p(model, read, arrays.targets), 0.0)
+    return jnp.where(arrays.branch >= 0, model.log_likelihoods(read, arrays.targets), 0.0)
 
 
 def branch_log_likelihoods(
@@ -173,8 +173,8 @@ def _score_chunks(graph: nnx.GraphDef, state: nnx.State, batch: Batch, where: Ar
     targets = batch.targets.reshape(-1)[where]
 
     def score(chunk: Array, scores: Array) -> Array:
-        part = [jax.lax.dynamic_slice_in_dim(array, chunk * _CHUNK, _CHUNK) for array in (read, targets)]
-        log_p = _log_p(nnx.merge(graph, state), *part)
+        part = [jax.lax.dynamic_slice_in_dim(array, chunk * _CHUNK, _CHUNK)[None] for array in (read, targets)]
+        log_p = nnx.merge(graph, state).log_likelihoods(*part)[0]
         return jax.lax.dynamic_update_slice_in_dim(scores, log_p, chunk * _CHUNK, 0)
 
     return jax.lax.fori_loop(0, chunks, score, jnp.zeros(where.shape))
@@ -184,8 +184,3 @@ def _hidden_states(model: Decoder, batch: Any, one_branch: bool) -> Float[Array,
     segments = None if one_branch else batch.segments
     documents = batch.documents if batch.answer.shape[1] > 1 else None
     return model.hidden_states(batch.tokens, batch.positions, segments, documents)
-
-
-def _log_p(model: Decoder, hidden: Float[Array, "*rows D"], targets: Array) -> Float[Array, "*rows"]:
-    logits = model.logits(hidden)
-    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)

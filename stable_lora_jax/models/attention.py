@@ -1,9 +1,9 @@
-"""Scaled dot-product attention: written out for XLA, or by cuDNN, which never forms the scores.
+"""Scaled dot-product attention: written out for XLA in blocks, or by cuDNN, which never forms the scores.
 
-| implementation | where | memory beside queries, keys and values |
+| implementation | where | memory next to queries, keys and values |
 |---|---|---|
-| xla | everywhere | float32 scores, heads x length x length a row |
-| cudnn | NVIDIA GPUs | none where tokens see all before them; else a mask, length x length a row |
+| xla | everywhere | float32 scores of an eighth of the queries, heads x length² / 8 per row |
+| cudnn | NVIDIA GPUs | none where tokens see all before them; else a mask, length² per row |
 
 cuDNN's needs a GPU of the Ampere generation or later, bfloat16 or float16, and heads whose width is a multiple of 8 up
 to 128. Which one is used is settled before anything is compiled: `choose_attention` answers a wish that the device
@@ -14,9 +14,11 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from stable_lora_jax.models.blockwise import blockwise_attention
 from stable_lora_jax.models.float32_dot import float32_dot
 
 Attention: TypeAlias = Literal["xla", "cudnn"]
@@ -76,21 +78,24 @@ def attend(
 
     Args:
       query, key, value: rotated; heads is a multiple of kv_heads.
-      visible: which keys each query sees, at least one; None is causal, and needs as many keys as queries.
+      visible: which keys each query sees, at least one, and where there are as many keys as queries none behind itself;
+        None is causal, and needs as many keys as queries.
       implementation: from `choose_attention`.
     """
     if implementation == "cudnn":
         mask = None if visible is None else visible[:, None]
-        return jax.nn.dot_product_attention(
+        attended = jax.nn.dot_product_attention(
             query, key, value, mask=mask, is_causal=visible is None, implementation="cudnn"
         )
+        return checkpoint_name(attended, "kept")
     batch, length, heads, width = query.shape
-    if visible is None:
-        visible = jnp.tril(jnp.ones((length, length), bool))[None]
-    # Added, not selected: the backward pass of an addition costs nothing.
-    bias = jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)[:, None, :, None, :]
+    if length == key.shape[1]:
+        causal = jnp.tril(jnp.ones((length, length), bool))[None]
+        return blockwise_attention(query, key, value, causal if visible is None else visible)
+    assert visible is not None  # a cache has its own
     # b batch, t query, s key, k key-value head, g query head within its group, h feature
     query = query.reshape(batch, length, key.shape[2], -1, width) * width**-0.5
     scores = float32_dot(query, key, (((4,), (3,)), ((0, 2), (0, 2))))  # bktgs
-    weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
+    scores = jnp.where(visible[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bktgs,bskh->btkgh", weights, value).reshape(batch, length, heads, width)

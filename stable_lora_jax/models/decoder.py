@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stable_lora_jax.models.attention import Attention, attend
 from stable_lora_jax.models.cache import KVCache
+from stable_lora_jax.models.chunked_head import chunked_log_likelihoods
 from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.float32_dot import float32_dot
 from stable_lora_jax.models.rotary import Rotation, rotary_frequencies, rotate, rotation_at
@@ -71,7 +72,7 @@ class SelfAttention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, inputs.positions, key, value)
             key, value = cache.keys[layer], cache.values[layer]
-        attended = _kept(attend(query, key, value, inputs.visible, implementation))
+        attended = attend(query, key, value, inputs.visible, implementation)
         return _kept(self.o_proj(attended.reshape(batch, length, -1))), cache
 
 
@@ -128,10 +129,12 @@ class Placement(NamedTuple):
       weights: (path, parameters) -> the same, put together from the devices they are split over. It is given one layer
         ("layers"), or the output layer, right before use, so that no more need be whole at a time.
       rows: activations, split over devices by their first axis.
+      row_splits: how many devices that axis is split over.
     """
 
     weights: Callable[[str, Any], Any]
     rows: Callable[[Hidden], Hidden]
+    row_splits: int = 1
 
 
 _AS_IT_IS = Placement(weights=lambda path, params: params, rows=lambda hidden: hidden)
@@ -266,6 +269,30 @@ class Decoder(nnx.Module):
         assert cache_out is not None  # for the type checker: a cache that goes in comes out
         return hidden, cache_out
 
+    def log_likelihoods(
+        self, hidden: Float[Array, "rows targets width"], targets: Int[Array, "rows targets"]
+    ) -> Float[Array, "rows targets"]:
+        """Float32 log p of targets, in nats, from the normalised hidden states that they are read from.
+
+        Unless the output layer has an adapter or is quantized, only a chunk of logits is in memory at a time, forward
+        and backward.
+        """
+        if self.lm_head is not None and type(self.lm_head) is not nnx.Linear:
+            logits = self.logits(hidden)
+            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            return chosen - jax.nn.logsumexp(logits, axis=-1)
+        if self.lm_head is None:
+            weight = self._embedding()
+        else:
+            _, params = nnx.split(self.lm_head, nnx.Param)
+            weight = self.placement.weights("lm_head", params)["kernel"][...].astype(self.dtype)
+        vocab_axis = 0 if self.lm_head is None else 1
+        return chunked_log_likelihoods(hidden, targets, weight, vocab_axis, self.placement.row_splits)
+
+    def _embedding(self) -> Float[Array, "vocab width"]:
+        embedding = self.placement.weights("embed_tokens.embedding", self.embed_tokens.embedding[...])
+        return embedding.astype(self.dtype)
+
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits of normalised hidden states, over any leading axes."""
         if self.lm_head is not None:
@@ -274,10 +301,7 @@ class Decoder(nnx.Module):
             logits = head(hidden)
             nnx.update(self.lm_head, nnx.state(head, nnx.Not(nnx.Param)))  # a dropout's count
             return logits
-        embedding = self.placement.weights("embed_tokens.embedding", self.embed_tokens.embedding[...]).astype(
-            self.dtype
-        )
-        return float32_dot(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+        return float32_dot(hidden, self._embedding(), (((hidden.ndim - 1,), (1,)), ((), ())))
 
     def _run(self, tokens, positions, visible, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
         config = self.config

@@ -143,7 +143,11 @@ def placement_on(mesh: Mesh) -> Placement:
 
         return jax.tree_util.tree_map_with_path(whole, params)
 
-    return Placement(weights, lambda hidden: jax.lax.with_sharding_constraint(hidden, batch_sharding(mesh)))
+    return Placement(
+        weights=weights,
+        rows=lambda hidden: jax.lax.with_sharding_constraint(hidden, batch_sharding(mesh)),
+        row_splits=mesh.shape["data"] * mesh.shape["fsdp"],
+    )
 
 
 def _spec(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
