@@ -1,33 +1,35 @@
-"""``stable-lora plan``: does a training step fit a TPU slice, how long does it take, what does a run cost."""
+"""``stable-lora plan``: does a training step fit a TPU slice or GPUs, how long does it take, what does a run cost."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from stable_lora_jax.finetune import DTYPES, check_choice, parse_mesh
 from stable_lora_jax.models import DecoderConfig, config_from_hf
 from stable_lora_jax.models.huggingface import read_json
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
-from stable_lora_jax.planning import Plan, Workload, has_tpu_compiler, parse_topology, plan_step
+from stable_lora_jax.planning import Plan, Workload, has_compiler, parse_topology, plan_step
 from stable_lora_jax.training import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Compile the training step for a TPU slice that need not be there, and say what it takes."""
+    """Compile the training step for a TPU slice or GPUs that need not be there, and say what it takes."""
 
     model: str = "llama-3.2-1b"
     """A known name (qwen2-0.5b, llama-3.2-3b, ...) or a Hugging Face directory, of which only config.json is read."""
     topology: str = "v5e:4x4"
-    """The slice: v4, v5e, v5p or v6e, and its shape."""
+    """A TPU slice: v4, v5e, v5p or v6e, and its shape; or 1 to 8 GPUs of a host: h100:1, h200:8, a100:4."""
     mesh: str = ""
     """Devices, e.g. data=4,fsdp=4; fsdp over all chips if empty."""
     batch: int = 64
-    """Rows a step, over all chips."""
+    """Rows per step, over all chips."""
     length: int = 1024
-    """Tokens a row."""
+    """Tokens per row."""
     targets_per_row: int | None = None
-    """Predicted tokens a row; all of them if not given."""
+    """Predicted tokens per row; all of them if not given."""
     method: str = "stable-lora"
     """adamw, stable-lora, lora-plus, riemannian or lora-rite."""
     rank: int = 8
@@ -41,7 +43,7 @@ class PlanConfig:
     accumulate: int = 1
     """Parts that each batch is processed in."""
     estimate: bool = False
-    """Estimate even where libtpu could compile."""
+    """Estimate even where a compiler is installed."""
     price_per_chip_hour: float | None = None
     """For the cost of the run; give --steps too."""
     steps: int | None = None
@@ -71,6 +73,7 @@ def plan_command(config: PlanConfig) -> Plan:
       DoesNotFitError: after everything was printed and written.
     """
     topology = parse_topology(config.topology)
+    jax.config.update("jax_platforms", "cpu")  # only compiled for: no device is looked for
     workload = Workload(
         config=_model_config(config.model),
         rows=config.batch,
@@ -84,7 +87,7 @@ def plan_command(config: PlanConfig) -> Plan:
         accumulate=config.accumulate,
     )
     sizes = parse_mesh(config.mesh) or {"fsdp": topology.chips}
-    plan = plan_step(workload, topology, sizes, use_compiler=has_tpu_compiler() and not config.estimate)
+    plan = plan_step(workload, topology, sizes, use_compiler=has_compiler(topology) and not config.estimate)
     record = {"model": config.model, **plan.to_json()}
     if config.steps is not None and config.price_per_chip_hour is not None:
         least, most = plan.run_cost(config.steps, config.price_per_chip_hour)
@@ -117,7 +120,8 @@ def _table(record: dict) -> str:
     share = memory["total"] / memory["available"]
     how = {
         "compiled": "compiled for the slice by libtpu " + record["versions"].get("libtpu", ""),
-        "estimate": "ESTIMATE: nothing was compiled for the slice",
+        "memory compiled": "memory compiled for the card; work, bytes moved and seconds are an ESTIMATE",
+        "estimate": "ESTIMATE: nothing was compiled for these devices",
     }[record["source"]]
     mesh = ", ".join(f"{name}={size}" for name, size in record["mesh"].items())
     rows = [
@@ -126,11 +130,11 @@ def _table(record: dict) -> str:
         ("step", f"{step['rows']} rows of {step['length']} tokens, {step['targets_per_row']} predicted"),
         ("figures", how),
         ("parameters", f"{record['parameters']['trainable']:,} trainable, {record['parameters']['frozen']:,} frozen"),
-        ("memory a chip", f"{_gib(memory['total'])} of {_gib(memory['available'])} ({share:.0%})"),
+        ("memory per chip", f"{_gib(memory['total'])} of {_gib(memory['available'])} ({share:.0%})"),
         ("", f"arguments {_gib(memory['arguments'])}, temporaries {_gib(memory['temporaries'])}"),
         ("", f"outputs {_gib(memory['outputs'])}, of which in place {_gib(memory['aliased'])}"),
         (
-            "work a chip",
+            "work per chip",
             f"{record['flops_per_chip'] / 1e12:.3f} TFLOP, {_gib(record['bytes_accessed_per_chip'])} moved",
         ),
         *(
@@ -144,12 +148,12 @@ def _table(record: dict) -> str:
         ("ms, each alone", ", ".join(f"{name} {value * 1e3:.1f}" for name, value in seconds.items())),
         ("binds", record["binds"]),
         ("seconds", "{least:.3f} if all overlaps, {most:.3f} if nothing does".format(**record["step_seconds"])),
-        ("tokens a second", "{least:,.0f} to {most:,.0f}".format(**record["tokens_per_second"])),
+        ("tokens per second", "{least:,.0f} to {most:,.0f}".format(**record["tokens_per_second"])),
     ]
     if run := record.get("run"):
         cost = "{least:,.2f} to {most:,.2f}".format(**run["cost"])
-        rows.append(("cost", f"{cost} for {run['steps']:,} steps at {run['price_per_chip_hour']:g} a chip and hour"))
-    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+        rows.append(("cost", f"{cost} for {run['steps']:,} steps at {run['price_per_chip_hour']:g} per chip and hour"))
+    return "\n".join(f"{name:<18}{value}" for name, value in rows)
 
 
 def _gib(size: float) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from stable_lora_jax.models.float32_dot import float32_dot
 
-_MOST_BYTES = 2**28  # of a chunk's logits, on one device
+CHUNK_BYTES = 2**28  # of a chunk's logits, on one device
 
 Hidden = Float[Array, "rows targets width"]
 Targets = Int[Array, "rows targets"]
@@ -39,7 +39,7 @@ def chunked_log_likelihoods(
     """
     rows, count, width = hidden.shape
     of_a_target = 4 * -(-rows // row_splits) * weight.shape[vocab_axis]
-    chunk = min(count, max(1, _MOST_BYTES // of_a_target))
+    chunk = min(count, max(1, CHUNK_BYTES // of_a_target))
     if chunk == count:
         return _log_p(vocab_axis, hidden, targets, weight)
     chunks = -(-count // chunk)

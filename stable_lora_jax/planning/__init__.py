@@ -1,9 +1,9 @@
-"""What a training step needs on a TPU slice: found by compiling for it, or estimated, without a chip at hand."""
+"""What a training step needs on a TPU slice or GPUs: found by compiling for them, or estimated, without one at hand."""
 
 from stable_lora_jax.extras import needs
 
 with needs("train"):
-    from stable_lora_jax.planning.plan import Exchange, Plan, has_tpu_compiler, plan_step, topology_devices
+    from stable_lora_jax.planning.plan import Exchange, Plan, has_compiler, plan_step, topology_devices
     from stable_lora_jax.planning.program import Collective, read_collectives
     from stable_lora_jax.planning.topology import CHIPS, Chip, Topology, parse_topology
     from stable_lora_jax.planning.work import Work, compiled_work, estimated_work
@@ -20,7 +20,7 @@ __all__ = [
     "Workload",
     "compiled_work",
     "estimated_work",
-    "has_tpu_compiler",
+    "has_compiler",
     "lower",
     "parse_topology",
     "plan_step",

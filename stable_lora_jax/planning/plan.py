@@ -1,16 +1,17 @@
-"""A plan: does a training step fit a TPU slice, how long does it take, what binds, what does a run cost.
+"""A plan: does a training step fit a TPU slice or GPUs, how long does it take, what binds, what does a run cost.
 
-With libtpu installed the step is compiled for the slice, on any machine, and the figures are the compiler's. Without,
-they are estimated, and the plan says so. Either way no chip is asked: seconds are what the chips' published rates
-allow, from "everything overlaps" (the slowest of compute, memory and links alone) to "nothing does" (their sum). Real
-steps are seldom faster than the first.
+With libtpu or the CUDA plugin installed the step is compiled for the devices, on any machine, and the figures are the
+compiler's; of a GPU these are memory and collectives alone, as the compiler counts no work for one that is not there.
+Without, they are estimated. The plan says which. Either way no chip is asked: seconds are what the chips' published
+rates allow, from "everything overlaps" (the slowest of compute, memory and links alone) to "nothing does" (their sum).
+Real steps are seldom faster than the first.
 """
 
 import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -19,9 +20,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from stable_lora_jax.models import choose_attention
+from stable_lora_jax.planning.described_gpus import described_gpus, has_gpu_compiler
 from stable_lora_jax.planning.program import Collective
 from stable_lora_jax.planning.topology import Topology
-from stable_lora_jax.planning.work import Work, abstract_mesh, compiled_work, estimated_work
+from stable_lora_jax.planning.work import Work, abstract_mesh, compiled_memory, compiled_work, estimated_work
 from stable_lora_jax.planning.workload import Workload, step_shapes
 from stable_lora_jax.training import join_model
 from stable_lora_jax.training.sharding import AXES, check_decoder, check_rows, make_mesh
@@ -51,8 +54,9 @@ class Plan:
     """Everything about one step on one slice; bytes, FLOPs and seconds are one chip's in one step.
 
     Attributes:
-      source: "compiled", or "estimate" where there is no libtpu or the step does not fit.
-      versions: of jax and, if compiled, libtpu.
+      source: "compiled"; "memory compiled" for GPUs, whose FLOPs and bytes moved are estimates; or "estimate" where
+        there is no compiler or the step does not fit.
+      versions: of jax and, if compiled, of the compiler.
       trainable, frozen: parameters of the adapters and of the base model.
       needs: bytes that the compiler says it needs, if it refused for want of memory.
       work: see `Work`.
@@ -174,7 +178,7 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
       workload: the step.
       topology: the slice.
       sizes: of the mesh axes, of `training.sharding.AXES`; 1 if not given.
-      use_compiler: compile for the slice, which needs libtpu; otherwise estimate.
+      use_compiler: compile for the devices, which needs libtpu or the CUDA plugin; otherwise estimate.
 
     Raises:
       ValueError: a mesh that has not as many devices as the slice has chips, or that divides the batch, the heads or a
@@ -193,10 +197,19 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
     needs, versions, compiled = None, {"jax": jax.__version__}, None
     if use_compiler:
         devices = topology_devices(topology)
-        versions["libtpu"] = version("libtpu")
+        compiler = "jaxlib" if topology.chip.is_gpu else "libtpu"
+        versions[compiler] = version(compiler)
         compiled = make_mesh(**full, devices=devices)
+        head_dim = workload.config.head_dim
+        chosen = choose_attention("auto", dtype=workload.dtype, head_dim=head_dim, device=devices[0])
+        workload = replace(workload, attention=chosen)
     try:
-        work = estimated_work(workload, mesh) if compiled is None else compiled_work(workload, compiled)
+        if compiled is None:
+            work = estimated_work(workload, mesh)
+        elif topology.chip.is_gpu:
+            work = compiled_memory(workload, compiled)
+        else:
+            work = compiled_work(workload, compiled)
     except jax.errors.JaxRuntimeError as error:
         if (needs := _needed_bytes(str(error))) is None:
             raise
@@ -205,7 +218,7 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
         workload=workload,
         topology=topology,
         mesh=full,
-        source="estimate" if compiled is None else "compiled",
+        source=_source(topology, compiled),
         versions=versions,
         trainable=_count(shapes.state.adapters),
         frozen=_count(shapes.frozen.params),
@@ -215,18 +228,26 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
     )
 
 
-def has_tpu_compiler() -> bool:
-    """Returns whether libtpu, which compiles for TPUs, is installed."""
-    return find_spec("libtpu") is not None
+def _source(topology: Topology, compiled: Mesh | None) -> str:
+    if compiled is None:
+        return "estimate"
+    return "memory compiled" if topology.chip.is_gpu else "compiled"
+
+
+def has_compiler(topology: Topology) -> bool:
+    """Returns whether what compiles for these devices is installed: libtpu, or the CUDA plugin."""
+    return has_gpu_compiler() if topology.chip.is_gpu else find_spec("libtpu") is not None
 
 
 def topology_devices(topology: Topology) -> Sequence[Any]:
-    """Returns devices of a slice that stand for chips nobody has: programs compile for them and do not run.
+    """Returns devices that stand for chips nobody has: programs compile for them and do not run.
 
     Raises:
-      ValueError: libtpu is missing, or does not know the slice.
+      ValueError: the compiler is missing, or does not know the slice.
     """
-    if not has_tpu_compiler():
+    if topology.chip.is_gpu:
+        return described_gpus(topology.generation, topology.chips)
+    if not has_compiler(topology):
         raise ValueError("libtpu is not installed, so nothing compiles for TPUs. Install stable-lora-jax[tpu].")
     from jax.experimental import topologies
 
@@ -260,7 +281,7 @@ def _exchanges(collectives: Sequence[Collective], topology: Topology, mesh: Mesh
 
 def _spanned(group: Sequence[int], mesh: Mesh) -> tuple[int, ...]:
     """Returns the axes of the slice along which the chips of a group differ."""
-    coordinates = np.array([mesh.devices.flat[index].coords for index in group])
+    coordinates = np.array([mesh.devices.flat[index].coords for index in group])  # of GPUs, all the same
     return tuple(np.flatnonzero(np.ptp(coordinates, axis=0)).tolist())
 
 

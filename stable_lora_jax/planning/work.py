@@ -7,7 +7,7 @@ those of the whole program.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
+from stable_lora_jax.models.chunked_head import CHUNK_BYTES
 from stable_lora_jax.planning.program import Collective, read_collectives
 from stable_lora_jax.planning.workload import StepShapes, Workload, lower, step_shapes
 from stable_lora_jax.training.sharding import AXES, AnyMesh, frozen_shardings
@@ -71,6 +72,24 @@ def compiled_work(workload: Workload, mesh: Mesh) -> Work:
     )
 
 
+def compiled_memory(workload: Workload, mesh: Mesh) -> Work:
+    """Returns the memory and the collectives of the compiled step, and the estimated rest, for described GPUs.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler refuses.
+    """
+    compiled = lower(workload, mesh).compile()
+    memory: Any = compiled.memory_analysis()
+    return replace(
+        estimated_work(workload, abstract_mesh(**dict(mesh.shape))),
+        collectives=tuple(read_collectives(compiled.as_text() or "", mesh.size)),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+    )
+
+
 def _cost(lowered: jax.stages.Lowered) -> tuple[float, float]:
     cost: Any = lowered.compile().cost_analysis()
     return cost["flops"], cost["bytes accessed"]
@@ -81,8 +100,9 @@ def estimated_work(workload: Workload, mesh: AnyMesh) -> Work:
 
     FLOPs of the matrix products and the size of what the forward pass keeps are counted in the traced step. The rest
     is a rule of thumb: weights are gathered over fsdp and read once in each pass, activations are written and read
-    once, and two layers' gathered weights and three copies of the logits are held besides.
+    once, and two layers' gathered weights and three copies of a chunk of logits are held besides.
     """
+    workload = replace(workload, attention="xla")  # the fused one's work is not seen in a trace, and is the same
     shapes = step_shapes(workload)
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     jaxpr = _trace(workload, shapes)
@@ -94,13 +114,14 @@ def estimated_work(workload: Workload, mesh: AnyMesh) -> Work:
     kept = _kept_bytes(jaxpr) // (data * fsdp)
     rows = workload.rows // (parts * data * fsdp)
     logits = 4 * rows * workload.num_targets * workload.config.vocab_size // tensor
+    held_logits = min(logits, CHUNK_BYTES)
     whole_layers = 2 * layers // workload.config.num_layers + (gathered - layers) if fsdp > 1 else 0
     return Work(
         flops=dot_flops(jaxpr) / mesh.size,
         bytes_accessed=float(parts * (passes * gathered + 2 * kept + 4 * logits) + 4 * state),
         collectives=tuple(_expected_collectives(workload, shapes, mesh, passes)),
         arguments=state + frozen + _bytes(shapes.batch) // (data * fsdp),
-        temporaries=kept + 3 * logits + whole_layers,
+        temporaries=kept + 3 * held_logits + whole_layers,
         outputs=state,
         aliased=state,
     )

@@ -25,9 +25,16 @@ def test_a_known_model(tmp_path, capsys):
     assert record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}  # all chips, as no mesh was given
     assert record["run"]["cost"]["least"] == pytest.approx(record["step_seconds"]["least"] * 1000 / 3600 * 4 * 2)
     assert f"{record['run']['cost']['least']:,.2f} to" in told
-    assert f"binds           {record['binds']}" in told
+    assert f"binds             {record['binds']}" in told
     for kind in ("all-gather of 4 chips", "all-reduce of 4 chips"):
         assert kind in told
+
+
+def test_gpus_are_estimated_where_nothing_compiles_for_them(capsys):
+    assert plan("--model", "llama-3.2-1b", "--topology", "h100:8", "--length", "1024") == 0
+    told = capsys.readouterr().out
+    assert "h100:8, 8 chips" in told
+    assert "ESTIMATE: nothing was compiled for these devices" in told
 
 
 def test_a_directory(model_dir, capsys):
@@ -56,6 +63,8 @@ def test_what_does_not_fit_ends_with_an_error(tmp_path, capsys):
         (["--model", "x"], ["model='x'", "qwen2-0.5b", "llama-3.1-70b", "config.json"]),
         (["--topology", "x"], ["'x' is no known chip", "v5e:4x4"]),
         (["--topology", "v5e:2x2x2"], ["A slice of v5e has 2 axes"]),
+        (["--topology", "h100:16"], ["Plans for GPUs are of one host", "h100:8"]),
+        (["--topology", "h100:2x2"], ["not understood at '2x2'"]),
         (["--mesh", "fsdp=8"], ["fsdp=8", "v5e:2x2 has 4 chips"]),
         (["--batch", "6"], ["batch of 6 rows", "fsdp=4"]),
         (["--accumulate", "3"], ["8 rows", "accumulate=3"]),

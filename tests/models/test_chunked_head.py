@@ -27,7 +27,7 @@ def inputs(rows=3, count=23, width=16, vocabulary=101, vocab_axis=0, dtype=jnp.f
 
 @pytest.fixture(params=[2**28, 4 * 3 * 101 * 5, 1], ids=["one chunk", "of five, the last short", "of one"])
 def chunk_bytes(request, monkeypatch):
-    monkeypatch.setattr(chunked_head, "_MOST_BYTES", request.param)
+    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", request.param)
 
 
 @pytest.mark.parametrize("vocab_axis", [0, 1])
@@ -61,7 +61,7 @@ def test_bfloat16_is_as_near_as_without_chunks(chunk_bytes):
 
 
 def test_no_more_than_a_chunk_of_logits_is_in_memory(monkeypatch):
-    monkeypatch.setattr(chunked_head, "_MOST_BYTES", 4 * 2 * 5000 * 8)
+    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 4 * 2 * 5000 * 8)
     hidden, targets, weight = inputs(rows=2, count=64, width=8, vocabulary=5000)
 
     def largest(log_p) -> int:

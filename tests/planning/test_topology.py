@@ -15,7 +15,7 @@ def test_parse(text, chips):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("v9:4x4", r"'v9' is no known chip. Known are v4, v5e, v5p, v6e; write e.g. v5e:4x4"),
+        ("v9:4x4", r"'v9' is no known chip. Known are v4, v5e, v5p, v6e, h100, h200, a100; write e.g. v5e:4x4"),
         ("4x4", r"'4x4' is no known chip"),
         ("v5e", r"'v5e' is not understood at ''. A slice of v5e has 2 axes; write e.g. v5e:4x4"),
         ("v5e:2x2x2", r"not understood at '2x2x2'. A slice of v5e has 2 axes"),
@@ -27,6 +27,14 @@ def test_parse(text, chips):
 def test_errors(text, told):
     with pytest.raises(ValueError, match=told):
         parse_topology(text)
+
+
+def test_gpus_of_a_host():
+    topology = parse_topology("h100:8")
+    assert (topology.chips, topology.chip.is_gpu, str(topology)) == (8, True, "h100:8")
+    assert topology.group_rate((0,)) == 900e9 / 2  # by the switch, whatever the group
+    with pytest.raises(ValueError, match=r"Plans for GPUs are of one host: write e.g. a100:1 to a100:8"):
+        parse_topology("a100:9")
 
 
 def test_links_of_a_group():
@@ -42,6 +50,6 @@ def test_links_of_a_group():
 
 def test_every_chip_has_figures_of_the_right_size():
     for chip in CHIPS.values():
-        assert 16 * 2**30 <= chip.hbm <= 95 * 2**30
+        assert 16 * 2**30 <= chip.hbm <= 141 * 10**9
         assert 100e12 < chip.flops < 1e15
         assert 100 < chip.flops / chip.hbm_rate < 1000  # FLOPs a byte where compute and memory take equally long
