@@ -9,7 +9,7 @@ DOCS := .venv-docs
 OUT := runs/demo
 
 .PHONY: environments demo check test test-tunix test-tpu test-gpu-compile lint docs docs-serve
-.PHONY: bench bench-optimizers bench-sweep quantize plan results clean
+.PHONY: bench bench-gpu bench-optimizers bench-sweep quantize plan results clean
 
 environments: $(NEWEST)/installed $(OLDEST)/installed
 
@@ -20,11 +20,13 @@ demo: $(NEWEST)/installed
 check: lint
 	$(NEWEST)/bin/python -m pytest --quiet --numprocesses 2 -m "not slow and not network and not processes"
 
-# Experiments, notebooks and what takes processes of its own run on the newest alone.
+# Experiments, notebooks, what takes processes of its own, and Optax's wrappers around every transformation (its table
+# is a fifth of all tests' time) run on the newest alone.
 test: $(NEWEST)/installed $(OLDEST)/installed
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --ignore tests/experiments --ignore tests/test_documents.py \
-	    --ignore tests/cli/test_processes.py --ignore tests/cli/test_signals.py --ignore tests/test_install.py
+	    --ignore tests/cli/test_processes.py --ignore tests/cli/test_signals.py --ignore tests/test_install.py \
+	    --ignore tests/optim/test_wrappers.py
 
 test-tunix: $(TUNIX)/installed
 	$(TUNIX)/bin/python -m pytest tests/ecosystem/test_tunix.py
@@ -51,6 +53,11 @@ docs-serve: $(DOCS)/installed
 
 bench: $(NEWEST)/installed $(OLDEST)/installed
 	$(NEWEST)/bin/python -m experiments.bench_train --torch-python $(OLDEST)/bin/python
+
+# On a machine with a GPU, in an environment of its own: make bench-gpu PYTHON=python3. TINY=1 tries it on a CPU.
+bench-gpu: $(if $(PYTHON),,$(NEWEST)/installed $(OLDEST)/installed)
+	$(or $(PYTHON),$(NEWEST)/bin/python) -m experiments.bench_gpu --torch-python $(or $(PYTHON),$(OLDEST)/bin/python) \
+	    $(if $(TINY),--tiny --steps 2 --out build/bench_gpu.json)
 
 bench-optimizers: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m experiments.bench_optimizers

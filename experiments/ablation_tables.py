@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments import tables
 from experiments.cells import Record, read_lines
+from experiments.markdown import markdown
 from stable_lora_jax.plots import plot_norms
 
 # What a variant may change.
@@ -22,7 +23,7 @@ def report(results: Path) -> str:
         train = each[0]["train"]
         text += f"**{tables.task_of(each[0])}**, {each[0]['steps']} steps of {train['batch_size']}, "
         text += f"η = {train['learning_rate']:g}, s = {train['alpha'] / train['rank']:g}\n\n"
-        text += f"{tables.markdown(('variant', *tables.SCORES), rows)}\n\n"
+        text += f"{markdown(('variant', *tables.SCORES), rows)}\n\n"
         text += _without_the_rule(variants) + tables.made_by(variants)
     if (results / LONGEST).exists():
         plot_norms(results / LONGEST).savefig(results / f"{LONGEST}.png", dpi=110)

@@ -19,6 +19,7 @@ import tyro
 
 from experiments import tables
 from experiments.cells import Cell, Options, Record, bits, read_lines, run_cells, training
+from experiments.markdown import markdown
 from experiments.smoke import smoke
 from stable_lora_jax.data import Completion, load_jsonl, load_tokenizer
 from stable_lora_jax.evaluation import exact_match
@@ -103,7 +104,7 @@ def report(results: Path) -> str:
         groups = tables.grouped(each, lambda record: (record["steps"], record["train"]["method"]))
         rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
         text += f"**{each[0]['train']['model']}**, exact match\n\n"
-        text += f"{tables.markdown(('steps', 'method', *tables.SCORES), rows)}\n\n{tables.made_by(groups)}"
+        text += f"{markdown(('steps', 'method', *tables.SCORES), rows)}\n\n{tables.made_by(groups)}"
     return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from experiments import tables
 from experiments.cells import Record, read_lines
+from experiments.markdown import markdown
 
 # What is recorded of every pair -> its label.
 FIELDS = {"norm_a": "‖A‖", "norm_b": "‖B‖", "gap": "gap", "delta_1": "δ₁ = s ‖A ΔB‖", "delta_2": "δ₂ = s ‖ΔA B‖"}
@@ -28,7 +29,7 @@ def report(results: Path) -> str:
             rows[-1] += [int(np.median(part)) if part else "-" for part in thirds]
             rows[-1] += [f"{100 * record['accuracy_token']:.1f}", f"{record['nll_token']:.3f}"]
     draw(whole, results / "dynamics.png")
-    return f"{tables.markdown(HEADER, rows)}\n\n![norms and terms](dynamics.png)\n\n{tables.failures(records)}"
+    return f"{markdown(HEADER, rows)}\n\n![norms and terms](dynamics.png)\n\n{tables.failures(records)}"
 
 
 def _name(record: Record) -> str:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import tables
 from experiments.bench_optimizers import PAPER, SMOLLM2_135M, share_of_step
+from experiments.markdown import markdown
 from stable_lora_jax.training import make_optimizer
 
 # As the benchmark calls them -> as the library does.
@@ -66,7 +66,7 @@ def report(results: Path) -> str:
         times = f"{update[name]:.2f}", share_of_step(update, name)
         rows.append([name, *times, f"{state_bytes(method) / 1e3:,.1f}", PAPER[name]])
     header = ("method", "update, ms", "over AdamW, of a training step", "state, kB", "in the paper, time")
-    return tables.markdown(header, rows) + "\n\n"
+    return markdown(header, rows) + "\n\n"
 
 
 def main(config: OverheadConfig) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments import tables
 from experiments.cells import Record, read_lines
+from experiments.markdown import markdown
 
 # Fields in which the methods of one table differ.
 VARIED = (*tables.OF_METHODS, "learning_rate", "alpha")
@@ -33,7 +34,7 @@ def report(results: Path) -> str:
         one = of_task[0]
         text += f"**{tables.task_of(one)}**, {one['questions']} questions ({Path(one['score_on']).name}), "
         text += f"{one['steps']} steps of {one['train']['batch_size']}, {Path(one['train']['model']).name}\n\n"
-        text += f"{tables.markdown(('method', 'η, s, λ', *tables.SCORES), rows)}\n\n"
+        text += f"{markdown(('method', 'η, s, λ', *tables.SCORES), rows)}\n\n"
         control = [record for record in controls if tables.setting(record, *VARIED) == tables.setting(one, *VARIED)]
         control = control or _of_the_same_numbers(methods)
         text += _without_training(one, results) + _at_its_numbers(methods.get("stable-lora", []), control)
@@ -56,7 +57,7 @@ def short(results: Path) -> str:
         methods = tables.grouped(of_task, lambda record: record["train"]["method"])
         for method, row in tables.scored(methods, lambda method: "adamw").items():
             rows.setdefault(method, []).extend(row[column] for column in wanted)
-    return tables.markdown(header, [[name, *cells] for name, cells in rows.items()])
+    return markdown(header, [[name, *cells] for name, cells in rows.items()])
 
 
 def _without_training(one: Record, results: Path) -> str:
@@ -111,7 +112,7 @@ def _grid(search: Sequence[Record]) -> str:
     rows = [[name, *(row.get(column, "-") for column in columns)] for name, row in found.items()]
     told = f"The search: accuracy in % and nats per token on {search[0]['questions']} held-out questions, seed "
     told += ", ".join(sorted({str(line["train"]["seed"]) for line in search}))
-    return f"{told}.\n\n{tables.markdown(header, rows)}\n\n"
+    return f"{told}.\n\n{markdown(header, rows)}\n\n"
 
 
 def _searched(record: Record) -> str:

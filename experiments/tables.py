@@ -40,12 +40,6 @@ at which these did; in brackets where they met the condition and shrink on.
 """
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key, list[Record]]:
     """Returns key -> records, in the order in which the keys come; failed cells are left out (see `failures`)."""
     groups: dict[Key, list[Record]] = {}

@@ -14,6 +14,7 @@ import tyro
 
 from experiments import tables
 from experiments.cells import Cell, Options, read_lines, run_cells, training
+from experiments.markdown import markdown
 from experiments.smoke import smoke
 
 
@@ -53,7 +54,7 @@ def report(results: Path) -> str:
         groups = tables.grouped(each, lambda record: (record["train"]["targets"], record["train"]["method"]))
         rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
         text += f"**{tables.task_of(each[0])}**, {each[0]['steps']} steps of {each[0]['train']['batch_size']}\n\n"
-        text += f"{tables.markdown(('targets', 'method', *tables.SCORES), rows)}\n\n{tables.made_by(groups)}"
+        text += f"{markdown(('targets', 'method', *tables.SCORES), rows)}\n\n{tables.made_by(groups)}"
     return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 

@@ -24,6 +24,7 @@ from jax import Array
 
 from experiments import tables
 from experiments.cells import append
+from experiments.markdown import markdown
 from experiments.provenance import provenance
 from stable_lora_jax.evaluation import mean_interval
 from stable_lora_jax.training import read_metrics
@@ -129,7 +130,7 @@ def section(lines: list[dict[str, Any]], figure: Path) -> str:
     text += f"{len({line['seed'] for line in lines})} seeds (theorem 3.1). "
     text += "The interval is of chance alone: it does not say how far the sizes are from a power law. "
     text += f"The prediction lies outside of {outside} of {count} intervals.\n\n"
-    return text + tables.markdown(("c", "method", *NAMES, "stable"), rows) + f"\n\n![exponents]({figure.name})\n\n"
+    return text + markdown(("c", "method", *NAMES, "stable"), rows) + f"\n\n![exponents]({figure.name})\n\n"
 
 
 def stops(lines: list[dict[str, Any]]) -> str:

@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 
 from experiments import tables
+from experiments.markdown import markdown
 from experiments.theory import METHODS, by_step, constants, measure_missing, section
 from experiments.theory_decoder import MODULES, trained
 from stable_lora_jax.training import read_metrics
@@ -84,7 +85,7 @@ def report(results: Path) -> str:
             start, end = np.transpose([line["losses"] for line in each])
             rows.append([f"{c:g}", method, f"{start.mean():.3f}", f"{100 * np.mean(1 - end / start):.2f}"])
         text += "How much is learned, on average of all widths and seeds:\n\n"
-        text += tables.markdown(("c", "method", "loss per token before", "falls by, %"), rows) + "\n"
+        text += markdown(("c", "method", "loss per token before", "falls by, %"), rows) + "\n"
     return text
 
 
