@@ -21,6 +21,7 @@ from experiments import (
     dynamics,
     findings,
     overhead,
+    pilot,
     plan_tables,
     qa,
     qa_tables,
@@ -40,7 +41,9 @@ EXPERIMENTS = {
     "width_scaling": width_scaling,
     "width_transformers": width_transformers,
 }
-PAGES = EXPERIMENTS | {"bench_sweep": bench_sweep, "quantize": quantize, "plan": plan_tables}  # each has a command
+PAGES = (
+    {"pilot": pilot} | EXPERIMENTS | {"bench_sweep": bench_sweep, "quantize": quantize, "plan": plan_tables}
+)  # each has a command
 # block -> (what makes its table, the file it is made from)
 TABLES = {
     "demo": (demo.table, "demo.json"),

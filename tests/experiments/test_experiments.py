@@ -32,7 +32,7 @@ def test_committed_tables_are_those_of_the_committed_lines(tmp_path):
     results = ROOT / "experiments" / "results"
     copies = tmp_path / "results"
     copies.mkdir()
-    for file in results.rglob("*.json*"):
+    for file in (*results.rglob("*.json*"), *results.rglob("*.npz")):
         copy = copies / file.relative_to(results)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(file.read_bytes())
