@@ -26,12 +26,14 @@ from experiments import (
     qa,
     qa_tables,
     quantize,
+    rates,
     targets,
     width_scaling,
     width_transformers,
 )
 
 EXPERIMENTS = {
+    "rates": rates,
     "qa": qa,
     "ablation": ablation,
     "dynamics": dynamics,

@@ -143,12 +143,12 @@ def report(results: Path) -> str:
         for method in (*METHODS, EARLY):
             nats, right = setting.nats(method).mean(1), setting.correct[method].mean((1, 2))
             curve = [f"{value:.3f}" for value in nats] if method != EARLY else ["-"] * len(RATES)
-            told = ["-"] * 4
+            shown = ["-"] * 4
             if method != "AdamW":
-                told = [_told(best[method][0]), _p(adjusted[id(best)][method])]
-                told += ["-"] * 2 if method == EARLY else [_told(mean[method][0]), _p(adjusted[id(mean)][method])]
+                shown = [told(best[method][0]), p_text(adjusted[id(best)][method])]
+                shown += ["-"] * 2 if method == EARLY else [told(mean[method][0]), p_text(adjusted[id(mean)][method])]
             wide = "-" if method == EARLY else str(width(setting, method))
-            rows.append([method, *curve, *told, wide, f"{100 * right[nats.argmin()]:.1f}"])
+            rows.append([method, *curve, *shown, wide, f"{100 * right[nats.argmin()]:.1f}"])
         header = ("nats per token", *(f"η = {rate:g}" for rate in RATES), "at the best rate, minus AdamW", "p")
         header += ("mean of the rates, minus AdamW", "p", f"rates within {WIDE}", "accuracy, %")
         text += f"**{name}**, {len(setting.tokens)} questions, {SETTINGS[name]} seeds\n\n{markdown(header, rows)}\n\n"
@@ -179,11 +179,13 @@ def draw(results: Path) -> None:
     figure.savefig(results / "pilot.png", dpi=110)
 
 
-def _told(found: Estimate) -> str:
+def told(found: Estimate) -> str:
+    """Returns a difference as -0.013 ± 0.003."""
     return f"{found.value:+.3f} ± {(found.high - found.low) / 2:.3f}"
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
+    """Returns a p value; a dash where there is none."""
     return "-" if math.isnan(value) else f"{value:.3f}" if value >= 0.0005 else "<0.001"
 
 

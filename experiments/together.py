@@ -62,6 +62,7 @@ def _adapted(config: RunConfig, model: Decoder) -> Decoder:
         rngs=nnx.Rngs(config.schedule.seed),
         use_rslora=adapter.use_rslora,
         dropout=adapter.dropout,
+        a_scale=adapter.a_scale,
     )
 
 

@@ -83,6 +83,8 @@ class AdapterConfig:
     """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
     """Fraction of its inputs an adapter does not see while training."""
+    a_scale: float = 1.0
+    """The start of A is multiplied by it."""
 
 
 # Methods' own numbers: option -> (the methods that have it, its value where it is not given).

@@ -89,6 +89,7 @@ def finetune(config: RunConfig) -> TrainResult:
             rngs=nnx.Rngs(schedule.seed),
             use_rslora=adapter.use_rslora,
             dropout=adapter.dropout,
+            a_scale=adapter.a_scale,
         )
     for name in how.log if is_first() else ():
         sign_in(name)

@@ -169,6 +169,15 @@ def test_dropout_leaves_the_frozen_layer_whole():
     np.testing.assert_array_equal(model(x), before)
 
 
+def test_a_smaller_start():
+    (plain, _), (small, _) = decoder(), decoder()
+    for model, scale in ((plain, 1.0), (small, 0.25)):
+        inject_lora(model, 2, 4.0, "qv", rngs=nnx.Rngs(1), a_scale=scale)
+    for ours, theirs in zip(lora_modules(small).values(), lora_modules(plain).values(), strict=True):
+        np.testing.assert_array_equal(ours.lora_a[...], 0.25 * theirs.lora_a[...])
+        assert not ours.lora_b[...].any()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
