@@ -35,7 +35,7 @@ def mean_interval(values: Numbers, level: float = 0.95) -> Estimate:
     Raises:
       ValueError: no value, or a level out of range.
 
-    Example:
+    Examples:
       >>> print("{:.2f}, {:.2f} to {:.2f}".format(*mean_interval([1.0, 2.0, 3.0])))
       2.00, -0.48 to 4.48
     """
@@ -67,7 +67,7 @@ def holm(p_values: Numbers) -> list[float]:
     Args:
       p_values: in [0, 1] or NaN.
 
-    Example:
+    Examples:
       >>> holm([0.04, 0.01, 0.3])
       [0.08, 0.03, 0.3]
     """
@@ -90,7 +90,7 @@ def expected_best(values: Numbers, k: int) -> float:
     Raises:
       ValueError: k is not in [1, number of values].
 
-    Example:
+    Examples:
       >>> print(f"{expected_best([60.0, 61.0, 65.0], 2):.2f}")
       63.67
     """

@@ -62,7 +62,7 @@ def inject_lora(
         dropout or a_scale out of range; the model has adapters already, ours or another library's; it is a Linear layer
         itself, or has one under two names or in a tuple. The model is then unchanged.
 
-    Example:
+    Examples:
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
       >>> model = inject_lora(model, rank=2, alpha=4, targets=r"layers\.0", rngs=nnx.Rngs(2))
       >>> model.layers[0].lora_a.shape, model.layers[0].lora_b.shape

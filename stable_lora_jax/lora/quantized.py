@@ -77,7 +77,7 @@ def quantize_linears(model: Model, kind: str) -> Model:
         subclass or with a `dot_general` of its own; it is a Linear layer itself, or has one under two names or in a
         tuple. The model is then unchanged.
 
-    Example:
+    Examples:
       >>> model = quantize_linears(nnx.Sequential(nnx.Linear(64, 16, rngs=nnx.Rngs(0))), "int8")
       >>> model.layers[0].kernel.dtype
       dtype('int8')

@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
         unroll: layers in one iteration of the loop over them; more take longer to compile.
         attention: "xla" or "cudnn", as `choose_attention` says. With a cache, always "xla".
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from stable_lora_jax.models import Decoder, DecoderConfig

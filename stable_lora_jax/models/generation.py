@@ -55,7 +55,7 @@ def generate(
         ValueError: an empty prompt, a token outside the vocabulary, a length beyond the model's positions, a bad
             temperature or a missing key.
 
-    Example:
+    Examples:
         >>> from stable_lora_jax.models import generate, load_model
         >>> model = load_model("smollm2-135m")  # doctest: +SKIP
         >>> generate(model, [[504, 3575, 282, 4649, 314]], max_new_tokens=2)  # doctest: +SKIP

@@ -43,7 +43,7 @@ def lora_plus(
     Raises:
       ValueError: a number out of range; in init, everything that `find_pairs` raises.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> params = {"lora_a": jnp.ones((64, 8)), "lora_b": jnp.zeros((8, 64))}
       >>> tx = lora_plus(1e-3, ratio=16)
@@ -52,7 +52,7 @@ def lora_plus(
       -0.001 -0.016
 
     References:
-      arXiv 2402.12354, section 4.
+      Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024, arXiv 2402.12354, section 4.
     """
     check_range(
         "ratio", ratio, 1, math.inf, "It is the learning rate of B over that of A; LoRA+ advises about 16, 1 is AdamW."

@@ -117,7 +117,7 @@ def lora_rite(
     Raises:
       ValueError: as `scale_by_lora_rite`; `weight_decay` or `max_step_a` negative or not finite.
 
-    Example:
+    Examples:
       >>> params = {"lora_a": jnp.ones((64, 1)), "lora_b": jnp.zeros((1, 16))}
       >>> tx = lora_rite(1e-3)
       >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
@@ -125,6 +125,7 @@ def lora_rite(
       -0.000125
 
     References:
+      Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization", 2024,
       arXiv 2410.20625, algorithm 1.
     """
     check_range("weight_decay", weight_decay, 0, math.inf, "0 switches it off.")
@@ -182,6 +183,7 @@ def scale_by_lora_rite(
         unknown; in update, params missing.
 
     References:
+      Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization", 2024,
       arXiv 2410.20625, algorithm 1.
     """
     check_adam(b1, b2, eps)

@@ -83,7 +83,7 @@ def lora_labels(params: PyTree) -> PyTree:
     Raises:
       ValueError: no adapter was found, or an A has no B or a B has no A (paths listed).
 
-    Example:
+    Examples:
       >>> lora_labels({"q_proj": {"kernel": 0.0, "lora_a": 1.0, "lora_b": 2.0}})
       {'q_proj': {'kernel': 'other', 'lora_a': 'lora_a', 'lora_b': 'lora_b'}}
     """
@@ -115,7 +115,7 @@ def find_pairs(params: PyTree, labels: Labels = None, stack_axes: StackAxes = "i
         read in more than one way; an unknown label or path; `stack_axes` that are none of the above.
       TypeError: an adapter that is not of a floating dtype.
 
-    Example:
+    Examples:
       >>> flat = [jnp.ones((64, 64)), jnp.ones((64, 8)), jnp.ones((8, 64))]
       >>> [(pair.a, pair.b, pair.fan_ratio) for pair in find_pairs(flat, labels=[PairSpec("1", "2")])]
       [(1, 2, 1.0)]

@@ -70,7 +70,7 @@ def scale_by_riemannian(
       ValueError: reg negative or not finite; in init, everything that `find_pairs` raises, and pairs whose
         rank axis is unknown; in update, params missing.
 
-    Example:
+    Examples:
       >>> params = {"lora_a": jnp.ones((64, 1)), "lora_b": 2 * jnp.ones((1, 16))}
       >>> tx = optax.chain(scale_by_riemannian(reg=0.0), optax.sgd(1.0))
       >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
@@ -78,7 +78,8 @@ def scale_by_riemannian(
       -0.015625 -0.015625
 
     References:
-      arXiv 2402.02347, equation 4.
+      Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", 2024, arXiv 2402.02347,
+      equation 4.
     """
     check_range("reg", reg, 0, math.inf, _REG)
 
@@ -131,7 +132,8 @@ def riemannian_adamw(
       ValueError: an unknown ordering, a number out of range; as `scale_by_riemannian`.
 
     References:
-      arXiv 2402.02347, algorithm 1 and its published code.
+      Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", 2024, arXiv 2402.02347,
+      algorithm 1, and its published code.
     """
     check_range("reg", reg, 0, math.inf, _REG)
     check_adam(b1, b2, eps, weight_decay)

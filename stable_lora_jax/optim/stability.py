@@ -49,7 +49,7 @@ def pair_norms(params: PyTree, *, labels: Labels = None, stack_axes: StackAxes =
       params: the parameters.
       labels, stack_axes: which leaves are A and B, and which axes count matrices; see `find_pairs`.
 
-    Example:
+    Examples:
       >>> norms = pair_norms({"lora_a": jnp.ones((4, 1)), "lora_b": jnp.ones((1, 9))})["lora"]
       >>> print(*(f"{each:.1f}" for each in norms))  # (2/4) / (3/9)
       2.0 3.0 1.5
@@ -125,7 +125,7 @@ def reset_stability(opt_state: PyTree, names: Callable[[str], bool] | None = Non
     Raises:
       ValueError: no `StableLoraState` inside `opt_state`, or no pair that `names` accepts.
 
-    Example:
+    Examples:
       >>> from stable_lora_jax import stable_lora_shrink
       >>> params = {"lora_a": jnp.ones((64, 8)), "lora_b": 2 * jnp.ones((8, 64))}
       >>> tx = stable_lora_shrink(0.001)

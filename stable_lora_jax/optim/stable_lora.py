@@ -94,7 +94,7 @@ def stable_lora_shrink(
     Raises:
       ValueError: λ outside [0, 1); in init, everything that `find_pairs` raises; in update, params missing.
 
-    Example:
+    Examples:
       >>> params = {"lora_a": jnp.ones((64, 8)), "lora_b": jnp.zeros((8, 64))}
       >>> tx = optax.chain(optax.adamw(1e-4, weight_decay=0.0), stable_lora_shrink(0.001))
       >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
@@ -102,7 +102,8 @@ def stable_lora_shrink(
       0.999
 
     References:
-      arXiv 2603.05204, algorithm 1.
+      Wu, Gao, Li and Wu, "Stable-LoRA: Stabilizing Feature Learning of Low-Rank Adaptation", 2026, arXiv 2603.05204,
+      algorithm 1.
     """
     if not callable(lam):
         check_range("lam", lam, 0, 1, _LAM)
@@ -147,13 +148,14 @@ def stable_lora(
     Raises:
       ValueError: as `stable_lora_shrink`.
 
-    Example:
+    Examples:
       >>> params = {"lora_a": jnp.ones((64, 8)), "lora_b": jnp.zeros((8, 64))}
       >>> tx = stable_lora(optax.adamw(1e-4), lam=0.001)
       >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
 
     References:
-      arXiv 2603.05204, algorithm 1.
+      Wu, Gao, Li and Wu, "Stable-LoRA: Stabilizing Feature Learning of Low-Rank Adaptation", 2026, arXiv 2603.05204,
+      algorithm 1.
     """
     if not callable(lam):
         check_range("lam", lam, 0, 1, _LAM)

@@ -37,7 +37,7 @@ def update_terms(
       after: the same tree after it.
       labels, stack_axes: which leaves are A and B; see `find_pairs`.
 
-    Example:
+    Examples:
       >>> before = {"lora_a": 2 * jnp.ones((4, 1)), "lora_b": jnp.zeros((1, 9))}
       >>> after = {"lora_a": 3 * jnp.ones((4, 1)), "lora_b": jnp.ones((1, 9))}
       >>> print(*(f"{term:.1f}" for term in update_terms(before, after)["lora"]))

@@ -96,7 +96,7 @@ def parse_topology(text: str) -> Topology:
     Raises:
       ValueError: an unknown chip, a shape that its slices cannot have, or more GPUs than a host has.
 
-    Example:
+    Examples:
       >>> parse_topology("v5p:2x2x4").chips
       16
     """
