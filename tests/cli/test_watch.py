@@ -102,5 +102,5 @@ def test_a_browser_shows_the_page(watched, tmp_path):
     config = json.loads((watched / "config.json").read_text())["config"]
     assert "<h1>watched &lt;run&gt;</h1>" in shown
     assert shown.count("<svg") == 2
-    assert f"<td>method</td><td>{config['method']}</td>" in shown
+    assert f"<td>method</td><td>{config['method']['name']}</td>" in shown
     assert "Step 12 of 12" in shown
