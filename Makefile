@@ -52,7 +52,7 @@ docs-serve: $(DOCS)/installed
 	$(DOCS)/bin/mkdocs serve
 
 bench: $(NEWEST)/installed $(OLDEST)/installed
-	$(NEWEST)/bin/python -m experiments.bench_train --torch-python $(OLDEST)/bin/python
+	$(NEWEST)/bin/python -m experiments.benchmarks.bench_train --torch-python $(OLDEST)/bin/python
 
 # On a machine with a GPU, in an environment of its own: make bench-gpu PYTHON=python3. TINY=1 tries it on a CPU.
 bench-gpu: $(if $(PYTHON),,$(NEWEST)/installed $(OLDEST)/installed)
@@ -60,16 +60,16 @@ bench-gpu: $(if $(PYTHON),,$(NEWEST)/installed $(OLDEST)/installed)
 	    $(if $(TINY),--tiny --steps 2 --out build/bench_gpu.json)
 
 bench-optimizers: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m experiments.bench_optimizers
+	$(OLDEST)/bin/python -m experiments.benchmarks.bench_optimizers
 
 quantize: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m experiments.quantize
+	$(NEWEST)/bin/python -m experiments.benchmarks.quantize
 
 plan: $(TPU)/installed
-	$(TPU)/bin/python -m experiments.plan_tables
+	$(TPU)/bin/python -m experiments.benchmarks.plan_tables
 
 bench-sweep: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m experiments.bench_sweep
+	$(NEWEST)/bin/python -m experiments.benchmarks.bench_sweep
 
 results: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.make_results

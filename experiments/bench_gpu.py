@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.markdown import markdown
-from experiments.provenance import commit, machine
+from experiments.benchmarks.in_turns import write
+from experiments.running.markdown import markdown
 
 ROOT = Path(__file__).parent.parent
 # The cells that decide come first: (model, targets, rank, rows, length, predicted tokens per row).
@@ -76,10 +76,7 @@ def main(options: argparse.Namespace) -> None:
             print(f"{options.minutes} minutes are over; run again for the rest")
             break
         measured = measure(cell, options, left)
-        found |= {"command": "make bench-gpu", "commit": commit(), "machine": machine()}
-        found["cells"].append({"cell": cell} | measured)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        found = write(options.out, "make bench-gpu", cells=[*found["cells"], {"cell": cell} | measured])
         options.out.with_suffix(".md").write_text(table(found))
         print(cell, measured, flush=True)
     print(table(found))
@@ -91,7 +88,7 @@ def measure(cell: dict[str, Any], options: argparse.Namespace, seconds: float) -
     """Returns what a process of its own measured, or how it failed (memory, time, a missing package)."""
     torch = "peft" in cell["contender"] or cell["contender"] == "torch"
     python = options.torch_python if torch else sys.executable
-    command = [python, "-m", "experiments.bench_gpu_workers", json.dumps(cell), str(options.steps)]
+    command = [python, "-m", "experiments.benchmarks.bench_gpu_workers", json.dumps(cell), str(options.steps)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, options.least))
     except subprocess.TimeoutExpired:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from experiments import pilot, tables
-from experiments.ablation import AblationConfig
-from experiments.ablation_tables import NEVER, name_of
-from experiments.cells import Record, read_lines
+from experiments.running import tables
+from experiments.running.cells import Record, read_lines
+from experiments.studies import pilot
+from experiments.studies.ablation import AblationConfig
+from experiments.studies.ablation_tables import NEVER, name_of
 from stable_lora_jax.evaluation import Estimate
 
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")

@@ -11,21 +11,15 @@ from pathlib import Path
 
 import tyro
 
-from experiments import (
+from experiments import demo, findings
+from experiments.benchmarks import bench_optimizers, bench_sweep, bench_train, overhead, plan_tables, quantize
+from experiments.studies import (
     ablation,
-    bench_optimizers,
-    bench_sweep,
-    bench_train,
     cot,
-    demo,
     dynamics,
-    findings,
-    overhead,
     pilot,
-    plan_tables,
     qa,
     qa_tables,
-    quantize,
     rates,
     targets,
     width_scaling,

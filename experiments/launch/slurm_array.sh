@@ -13,13 +13,13 @@
 # signal makes a run save and stop with 143 = 128 + SIGTERM, and the job queues again to go on.
 set -uo pipefail
 if [ "$#" -lt 1 ]; then
-  echo "usage: sbatch $0 EXPERIMENT ARGUMENTS OF python -m experiments.EXPERIMENT" >&2
+  echo "usage: sbatch $0 EXPERIMENT ARGUMENTS OF python -m experiments.studies.EXPERIMENT" >&2
   exit 2
 fi
 cd "$SLURM_SUBMIT_DIR"
 experiment=$1
 shift
-srun python -m "experiments.$experiment" --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" "$@"
+srun python -m "experiments.studies.$experiment" --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" "$@"
 code=$?
 if [ "$code" -eq 143 ]; then
   scontrol requeue "$SLURM_JOB_ID"

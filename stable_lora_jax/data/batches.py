@@ -4,7 +4,7 @@ A row holds one question, or several (see `packing`). A question's own tokens st
 answers:
 
     tokens     q0 q1 q2 | a0 a1 | b0        prefix q (p = 3), branches a = a0 a1 a2 and b = b0 b1
-    positions   0  1  2 |  3  4 |  3        a branch goes on from the prefix
+    positions   0  1  2 |  3  4 |  3        a branch continues the prefix
     segments    0  0  0 |  1  1 |  2        0 prefix, c + 1 branch c, -1 padding
     read_at     2  3  4 |  2  5             where each target is predicted
     targets    a0 a1 a2 | b0 b1

@@ -7,8 +7,8 @@ heaviest batches swap examples with the lightest until they fit, and those with 
 length with those with the fewest. So each batch has its share of long and of short examples (long ones never come
 together by chance), and the order of the batches is random.
 
-The number of rows R is that of least work, where a token costs 1 and what it attends to 1/1024 a token of its row; the
-length T is the least multiple of 16 that holds every row of the run. So a run compiles its step once.
+The number of rows R is that of least work, where a token costs 1 and what it attends to 1/1024 per token of its row;
+the length T is the least multiple of 16 that holds every row of the run. So a run compiles its step once.
 """
 
 import functools

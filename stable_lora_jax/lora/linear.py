@@ -1,4 +1,4 @@
-"""A linear layer with a LoRA adapter beside its frozen weight: y = x W + s (x A) B."""
+"""A linear layer with a LoRA adapter next to its frozen weight: y = x W + s (x A) B."""
 
 import math
 import operator

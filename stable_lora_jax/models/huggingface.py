@@ -144,7 +144,7 @@ def _weight_files(directory: Path) -> list[Path]:
             )
         names = sorted({str(name) for name in shards.values()})
         if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{directory / _INDEX} names {outside}; only files beside it are read; correct it.")
+            raise ValueError(f"{directory / _INDEX} names {outside}; only files next to it are read; correct it.")
     else:
         names = [_SINGLE]
     for name in names:

@@ -251,7 +251,7 @@ def _match_specs(paths: Sequence[Path], specs: Sequence[PairSpec]) -> list[tuple
         raise ValueError(f"PairSpec names {twice} more than once. Every leaf belongs to one pair.")
     found = [(spec, by_path[str(spec.a)], by_path[str(spec.b)]) for spec in specs]
     names = [name.pair if (name := parse_name(paths[a])) else "/".join(paths[a]) for _, a, _ in found]
-    if len(set(names)) != len(names):  # names that conventions read alike, as `lora_A` beside `lora_a`
+    if len(set(names)) != len(names):  # names that conventions read alike, such as `lora_A` and `lora_a`
         names = ["/".join(paths[a]) for _, a, _ in found]
     return sorted(((n, a, b, spec) for n, (spec, a, b) in zip(names, found, strict=True)), key=lambda each: each[1])
 

@@ -73,7 +73,7 @@ def stability(
     of a `flax.nnx.Optimizer`. The gap is infinite while B = 0, and 0 where A = 0.
 
     Args:
-      params: the parameters; pairs of other transformations, as beside those of a partition, are left out.
+      params: the parameters; pairs of other transformations, as next to those of a partition, are left out.
       opt_state: the optimizer state.
       labels: as given to the transformation.
       stack_axes: as given to the transformation; needed only where two axes of one size could be the stack, as else the

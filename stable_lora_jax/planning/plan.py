@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        """The least seconds a step takes if all three overlap, and if none do."""
+        """The least seconds per step takes if all three overlap, and if none do."""
         return max(self.seconds.values()), sum(self.seconds.values())
 
     def run_cost(self, steps: int, price_per_chip_hour: float) -> tuple[float, float]:

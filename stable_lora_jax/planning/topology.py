@@ -19,8 +19,8 @@ class Chip:
     Attributes:
       hbm: bytes of memory. Compilers keep some of it for themselves.
       flops: bfloat16 operations a second; float32 products at default precision run as bfloat16 too.
-      hbm_rate: bytes a second between memory and chip.
-      link_rate: bytes a second of one link to a neighbour, in one direction.
+      hbm_rate: bytes per second between memory and chip.
+      link_rate: bytes per second of one link to a neighbour, in one direction.
       axes: of the torus that slices are cut from; 1 for the GPUs of a host.
       ring_multiple: an axis of a slice is closed to a ring if its size is a multiple of this; 0: it never is.
       is_gpu: whether it is one.
@@ -75,7 +75,7 @@ class Topology:
         return math.prod(self.sizes)
 
     def group_rate(self, axes: Sequence[int]) -> float:
-        """Returns the bytes a second that every chip of a group can receive when the group spans these axes.
+        """Returns the bytes per second that every chip of a group can receive when the group spans these axes.
 
         A chip at the end of an axis has one neighbour along it, and two where the axis is closed to a ring; the
         slowest chip sets the pace.

@@ -35,7 +35,7 @@ class Workload:
     Attributes:
       config: of the model.
       rows: B, of the whole batch.
-      length: T, tokens a row, at most the model's context.
+      length: T, tokens per row, at most the model's context.
       num_targets: P, predicted tokens a row; what is paid for logits.
       method: one of `training.METHODS`.
       rank: r of the adapters.

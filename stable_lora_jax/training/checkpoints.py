@@ -124,7 +124,7 @@ class Checkpoints:
         except Exception as error:  # whatever the many layers below make of a file that is not what they wrote
             raise ValueError(
                 f"{folder} is no whole checkpoint of this program ({_first_line(error)}). Nothing was changed. Move it "
-                "away to go on from the one before it, or put back a copy."
+                "away to resume from the one before it, or put back a copy."
             ) from error
         return TrainState(**restored)
 
@@ -173,7 +173,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"A checkpoint could not be written to {self._directory} ({_first_line(error)}). "
                 + ("None was whole before. " if whole is None else f"That of step {whole} is whole. ")
-                + f"{advice} and go on from it (--resume)."
+                + f"{advice} and resume from it (--resume)."
             ) from error
 
 

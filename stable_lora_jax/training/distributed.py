@@ -97,8 +97,8 @@ def shared_work() -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0]
         raise LostProcessError(
-            f"Process {jax.process_index()} of {jax.process_count()} cannot go on: {reason} Most likely another "
-            "process has ended; its own output says why. Start all of them again and go on from the newest checkpoint "
+            f"Process {jax.process_index()} of {jax.process_count()} cannot continue: {reason} Most likely another "
+            "process has ended; its own output says why. Start all of them again and resume from the newest checkpoint "
             "(--resume)."
         ) from error
 

@@ -56,8 +56,8 @@ def make_logger(name: str, run_dir: Path, resume_step: int) -> Logger:
     Args:
       name: one of `LOGGERS`.
       run_dir: the run's directory; its config.json, if there, is the run's configuration.
-      resume_step: where a resumed run goes on. TensorBoard replaces what was logged after this step; Weights & Biases
-        keeps it, and takes new values only from where its log ends.
+      resume_step: the step a resumed run starts at. TensorBoard replaces what was logged after it; Weights & Biases
+        keeps that, and takes new values only from where its log ends.
 
     Raises:
       ValueError: an unknown name, or its package is not installed.

@@ -143,7 +143,8 @@ def train(
                 files += [make_logger(name, run_dir, start) for name in loggers]
             for file in files:
                 opened.enter_context(closing(file))
-            record = _Record(files, bar, _rates(learning_rate, total_steps), saved.latest_step, _flags(state.opt_state))
+            check = partial(check_finite, kept=saved.latest_step)
+            record = _Record(files, bar, _rates(learning_rate, total_steps), check, _flags(state.opt_state))
             if not start:
                 record.norms(state)
             for index, batch in prefetch(rows, start, total_steps):
@@ -174,6 +175,26 @@ def check_intervals(**steps: int) -> None:
             raise ValueError(f"{name}={count} is below 1. Count steps from 1.")
 
 
+def check_finite(
+    step: int, loss: float, grad_norm: float, update_norm: float, *, kept: Callable[[], int | None]
+) -> None:
+    """Raises NonFiniteLossError if a step's loss, gradient or update is not finite.
+
+    Args:
+      step, loss, grad_norm, update_norm: what the step returned.
+      kept: returns the step of the newest checkpoint, None if there is none.
+    """
+    if np.isfinite([loss, grad_norm, update_norm]).all():
+        return
+    saved = kept()
+    raise NonFiniteLossError(
+        f"Step {step} has loss {loss}, gradient norm {grad_norm} and update norm {update_norm}. "
+        + ("No checkpoint was saved yet. " if saved is None else f"The checkpoint of step {saved} is kept. ")
+        + "Resuming leads here again: look at the data of this step, or start another run, with a lower learning rate "
+        "or scale alpha / r."
+    )
+
+
 @dataclass
 class _Record:
     """Writes metrics one step late, so that the device is already busy with the next step when they are fetched."""
@@ -181,7 +202,7 @@ class _Record:
     files: Sequence[Logger]
     bar: tqdm
     rates: np.ndarray
-    latest_checkpoint: Callable[[], int | None]
+    check: Callable[[int, float, float, float], None]
     _stable: dict[str, np.ndarray]
     loss: float | None = None
     _waiting: tuple[int, StepMetrics, int] | None = None
@@ -200,19 +221,12 @@ class _Record:
         return float(np.mean(losses)) if losses else None
 
     def flush(self) -> None:
-        """Writes what is waiting, and raises if it is not finite."""
+        """Writes what is waiting, once it has passed the check."""
         if self._waiting is None:
             return
         (step, metrics, tokens), self._waiting = self._waiting, None
         self.loss, grad_norm, update_norm = (float(each) for each in metrics[:3])
-        if not np.isfinite([self.loss, grad_norm, update_norm]).all():
-            kept = self.latest_checkpoint()
-            raise NonFiniteLossError(
-                f"Step {step} has loss {self.loss}, gradient norm {grad_norm} and update norm {update_norm}. "
-                + (f"The checkpoint of step {kept} is kept. " if kept is not None else "No checkpoint was saved yet. ")
-                + "To resume leads here again: look at the data of this step, or start another run, with a lower "
-                "learning rate or scale alpha / r."
-            )
+        self.check(step, self.loss, grad_norm, update_norm)
         self._losses.append(self.loss)
         now = time.perf_counter()
         rate, self._last = tokens / (now - self._last), now
@@ -259,7 +273,7 @@ class _Record:
 
 def _rates(learning_rate: optax.Schedule, total_steps: int) -> np.ndarray:
     """Returns the rates of all steps at once: asked for one by one, each would wait for the device's next step."""
-    # From step 0 also where a run goes on: the last bits may depend on where a number stands in its vector.
+    # From step 0 even when a run resumes: the last bits may depend on where a number stands in its vector.
     return np.asarray(jax.jit(jax.vmap(learning_rate))(jnp.arange(total_steps)))
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, appended while a run goes on, readable at any time.
+"""metrics.jsonl: one JSON object a line, appended during a run, readable at any time.
 
 Lines: ``{"step", "loss", "grad_norm", "update_norm", "learning_rate", "tokens_per_second", "stable", "pairs"}`` every
 step; ``{"step", "pair", "index", "stable": true}`` when a matrix becomes stable; ``{"step", "norms": {pair: {norm_a,

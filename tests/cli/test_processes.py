@@ -75,13 +75,13 @@ def test_one_run_by_two_processes_then_four_then_one(flags, tmp_path, capsys):
             assert "another task died" in error
         else:
             assert started[0].returncode == 1, error
-            assert "Process 0 of 2 cannot go on" in error
+            assert "Process 0 of 2 cannot continue" in error
             assert "Start all of them again" in error
     by_two, kept = losses(run), newest_step(run / "checkpoints")
     assert kept is not None
     assert kept >= 15
 
-    # Four go on from the newest checkpoint; a signal to one stops all after the same step.
+    # Four resume from the newest checkpoint; a signal to one stops all after the same step.
     with processes([*flags, "--run-dir", run, "--mesh", "data=4", "--auto-resume"], 4, devices=1) as started:
         wait_for_step(run, max(by_two) + 20, started)
         started[2].send_signal(signal.SIGTERM)

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments.cells import Cell, Options, append, as_written, finished, part_of, read_lines, run_cells, stable_at
+from experiments.running.cells import (
+    Cell,
+    Options,
+    append,
+    as_written,
+    finished,
+    part_of,
+    read_lines,
+    run_cells,
+    stable_at,
+)
 from stable_lora_jax.finetune import RunConfig
 from tests.models import tiny
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cells import Cell, cell_of, read_lines
-from experiments.convert import convert, converted, converted_line
+from experiments.running.cells import Cell, cell_of, read_lines
+from experiments.running.convert import convert, converted, converted_line
 from stable_lora_jax.finetune import RunConfig, fingerprint, options_of
 
 ROOT = Path(__file__).parent.parent.parent

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.cot import GSM8K, as_file
+from experiments.studies.cot import GSM8K, as_file
 from stable_lora_jax.data import Completion, load_jsonl
 from stable_lora_jax.evaluation import exact_match
 

@@ -1,18 +1,18 @@
 """Every experiment from end to end on a tiny model; what is committed is what the lines say."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 
-from experiments import ablation, make_results
+from experiments import make_results
+from experiments.studies import ablation
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("name", list(make_results.EXPERIMENTS))
 def test_smoke(name, capsys):
-    module = importlib.import_module(f"experiments.{name}")
+    module = make_results.EXPERIMENTS[name]
     (config,) = (
         value for key, value in vars(module).items() if key.endswith("Config") and value.__module__ == module.__name__
     )

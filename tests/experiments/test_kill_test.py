@@ -1,6 +1,6 @@
 """The kill test itself, with few kills."""
 
-from experiments.kill_test import KillConfig, run
+from experiments.benchmarks.kill_test import KillConfig, run
 
 
 def test_killed_trainings_end_with_the_bits_of_an_undisturbed_one(tmp_path):

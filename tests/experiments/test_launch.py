@@ -60,7 +60,7 @@ def test_arguments_arrive_as_given(tmp_path, script, launcher, own):
 
 
 TRAIN = ["--kill-on-bad-exit=1", "bash", "experiments/launch/train.sh", *ARGUMENTS]
-CELLS = ["python", "-m", "experiments.qa", "--part", "3/8", "--tasks", "a file.jsonl"]
+CELLS = ["python", "-m", "experiments.studies.qa", "--part", "3/8", "--tasks", "a file.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import pilot
+from experiments.studies import pilot
 
 RESULTS = Path(__file__).parent.parent.parent / "experiments" / "results"
 

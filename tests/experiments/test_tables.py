@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments import qa_tables, tables, theory
-from experiments.cells import append, as_written
+from experiments.running import tables
+from experiments.running.cells import append, as_written
+from experiments.studies import qa_tables, theory
 from stable_lora_jax.finetune import numbers_of
 
 

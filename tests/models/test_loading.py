@@ -53,7 +53,7 @@ def test_a_stale_index_beside_a_single_file_is_passed_over(saved):
     (saved / "model.safetensors.index.json").write_text(
         '{"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}'
     )
-    with pytest.raises(ValueError, match=r"names \['../elsewhere.safetensors'\]; only files beside it are read"):
+    with pytest.raises(ValueError, match=r"names \['../elsewhere.safetensors'\]; only files next to it are read"):
         load_model(saved)
 
 

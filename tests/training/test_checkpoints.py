@@ -163,7 +163,7 @@ def test_every_truncated_file_is_noticed_or_harmless(tmp_path):
         if told is not None:
             noticed += 1
             assert "2 is no whole checkpoint" in told
-            assert "Move it away to go on from the one before" in told
+            assert "Move it away to resume from the one before" in told
         assert snapshot(damaged) == before
         shutil.rmtree(damaged / "2")
         with checkpoints(damaged, 9) as saved:

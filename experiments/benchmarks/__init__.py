@@ -1,0 +1,1 @@
+"""Benchmarks: each measures time, memory or precision, and writes JSON and tables to results/."""

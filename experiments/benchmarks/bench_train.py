@@ -1,0 +1,106 @@
+"""Benchmark: seconds a training step, against PEFT on torch and against a bare hand-written JAX step, in turns.
+
+Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW + the shrink, batch 8, rows of 64 and 128 tokens of which the
+           last 8 are answers, float32 and bfloat16 base: how long is a step, what compiles, how much memory, and what
+           does the shrink cost?
+Command:   make bench        (or python -m experiments.benchmarks.bench_train --torch-python PATH; without it, no PEFT)
+Hardware:  2 CPU cores with nothing else running. Minutes: about 20.
+Observed:  no slower than the bare step (+- 5 %); 1.6 to 2.4 times the matrix products' floor. In float32 most of the
+           difference from torch is that of the matrix libraries: compare the two floors.
+
+Every contender runs in a process of its own; rounds alternate between them, so that a drifting machine hits all alike.
+The floor is 4 FLOPs per frozen weight and token (forward, and backward to the activations; no weight gradients) over
+the rate of a product of the model's own shapes, measured in each round, in XLA and in torch.
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments.benchmarks.in_turns import measured_by, write
+from experiments.running.markdown import markdown
+
+CONTENDERS = ("ours", "bare", "peft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time training steps of all contenders in turns, and write a JSON file."""
+
+    out: Path = Path("experiments/results/bench_train.json")
+    """The file to write."""
+    torch_python: str | None = None
+    """A Python with the torch extra; PEFT is left out without it."""
+    lengths: tuple[int, ...] = (64, 128)
+    """Row lengths in tokens."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """Dtypes of the base model."""
+    rounds: int = 3
+    """Turns of each contender."""
+    steps: int = 5
+    """Timed steps a turn."""
+    worker: Literal["", "ours", "bare", "peft"] = ""
+    """Internal: time one contender in this process and print a line of JSON."""
+
+
+def main(config: BenchConfig) -> None:
+    if config.worker:
+        from experiments.benchmarks import bench_workers
+
+        print(json.dumps(bench_workers.run(config.worker, config.lengths[0], config.dtypes[0], config.steps)))
+        return
+    cells = []
+    for dtype in config.dtypes:
+        for length in config.lengths:
+            turns: dict[str, list[dict[str, Any]]] = {
+                name: [] for name in CONTENDERS if name != "peft" or config.torch_python
+            }
+            for number in range(config.rounds):
+                for name in turns:
+                    turns[name].append(turn(config, name, length, dtype))
+                    print(f"{dtype} {length} round {number + 1} {name}: {turns[name][-1]['seconds']}", flush=True)
+            cells.append({"dtype": dtype, "length": length} | {name: summary(each) for name, each in turns.items()})
+            result = write(config.out, "make bench", cells=cells)
+            print(table(result), flush=True)
+
+
+def turn(config: BenchConfig, name: str, length: int, dtype: str) -> dict[str, Any]:
+    """Returns what one contender measured in a process of its own."""
+    python = config.torch_python if name == "peft" else sys.executable
+    options = ["--worker", name, "--lengths", str(length), "--dtypes", dtype, "--steps", str(config.steps)]
+    return measured_by("experiments.benchmarks.bench_train", options, str(python))
+
+
+def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns medians over all turns."""
+    seconds = [second for each in turns for second in each["seconds"]]
+    merged = {"median_seconds": round(statistics.median(seconds), 4)}
+    merged |= {"min_seconds": round(min(seconds), 4), "max_seconds": round(max(seconds), 4)}
+    merged["steps"] = len(seconds)
+    for key in turns[0].keys() - {"seconds", "versions"}:
+        merged[key] = statistics.median(each[key] for each in turns)
+    return merged | {"versions": turns[0]["versions"]}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the README's table."""
+    header = ("base", "length", "ours, s", "bare JAX, s", "PEFT on torch, s", "PEFT / ours", "floor in XLA, s")
+    header += ("in torch, s", "compile, s", "memory, GB")
+    rows = []
+    for cell in result["cells"]:
+        ours, bare, peft = cell["ours"], cell["bare"], cell.get("peft", {})
+        theirs = peft.get("median_seconds")
+        row = [cell["dtype"], cell["length"], f"{ours['median_seconds']:.2f}", f"{bare['median_seconds']:.2f}"]
+        row += [f"{theirs:.2f}", f"{theirs / ours['median_seconds']:.2f}"] if theirs else ["-", "-"]
+        row += [f"{ours['floor_seconds']:.2f}", f"{peft['floor_seconds']:.2f}" if theirs else "-"]
+        rows.append([*row, f"{ours['compile_seconds']:.1f}", f"{ours['peak_gigabytes']:.2f}"])
+    return markdown(header, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig))

@@ -1,0 +1,1 @@
+"""What runs studies and benchmarks, and writes down what came out."""

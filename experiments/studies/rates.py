@@ -1,0 +1,146 @@
+"""Rates: the shrink, a smaller start and decay over a grid of learning rates, at two scales, on two cores or on a GPU.
+
+Question:  at each method's best learning rate, and over the whole grid, what does the shrink buy against AdamW,
+           A₀ × 1/4 and decay on A, with few data and many passes, three passes, and fresh data, at s = 16 and at s = 2?
+           Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
+Command:   python -m experiments.studies.rates    (--settings few --scales 16 for a sixth; --part, --ray, --together)
+Hardware:  2 CPU cores, 6 GB. Minutes: 12 a cell; 9 methods x 5 rates x 2 seeds are 18 hours a setting and scale. One
+           H100 with --together 60: 10 in all.
+Expected:  (2026-11-27) in LOG.md.
+
+LoRA r = 8 on q and v, 8 questions a step, cosine after 3 % warm-up, clip 1, loss on the right answer. Decay is per step
+at the peak rate: a weight decay of d / η, so that A loses the share d there at every η of the grid, and less where the
+schedule has fallen.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments.running.cells import Cell, Options, Record, bits, run_cells, training
+from experiments.running.smoke import smoke
+from experiments.studies.rates_tables import report
+from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_task, load_tokenizer
+from stable_lora_jax.evaluation import Evaluation, evaluate
+from stable_lora_jax.finetune import load_with_adapter
+
+# setting -> (task, questions trained on or None for all, steps)
+SETTINGS: Mapping[str, tuple[str, int | None, int]] = {
+    "few": ("arc_easy", 500, 500),
+    "passes": ("arc_easy", None, 750),
+    "fresh": ("social_iqa", 4000, 500),
+}
+# method as tables call it -> options, and decay per step at the peak rate
+METHODS: Mapping[str, tuple[dict[str, Any], float]] = {
+    "AdamW": ({"method": "adamw"}, 0.0),
+    "λ = 0.0005": ({"method": "stable-lora", "lam": 0.0005}, 0.0),
+    "λ = 0.002": ({"method": "stable-lora", "lam": 0.002}, 0.0),
+    "λ = 0.005": ({"method": "stable-lora", "lam": 0.005}, 0.0),
+    "A₀ × 1/4": ({"method": "adamw", "a_scale": 0.25}, 0.0),
+    "decay on A, 0.002 per step": ({"method": "adamw", "decay_only_a": True}, 0.002),
+    "lora-plus": ({"method": "lora-plus"}, 0.0),
+    "riemannian": ({"method": "riemannian"}, 0.0),
+    "lora-rite": ({"method": "lora-rite"}, 0.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatesConfig(Options):
+    """Train every method at every rate, setting, scale and seed, and report curves over the rates."""
+
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    """few (500 questions, 8 passes), passes (three of ARC-Easy), fresh (4000 questions of Social IQA once)."""
+    variants: tuple[str, ...] = tuple(METHODS)
+    """Methods, as the tables call them."""
+    scales: tuple[float, ...] = (16.0, 2.0)
+    """s."""
+    rates: tuple[float, ...] = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
+    """η."""
+    seeds: int = 2
+    """Seeds 0, 1, ..."""
+    held_out: int = 321
+    """Training questions that the rate is chosen on; reported are ARC-Easy's test and Social IQA's validation split."""
+    steps: int | None = None
+    """Steps of a run; those of its setting if not given."""
+
+
+def questions_of(task: str, split: str) -> list[Any]:
+    """Returns the questions of a task's split, or those of a file."""
+    return list(load_jsonl(task)) if task.endswith(".jsonl") else load_task(task, split)
+
+
+def training_file(setting: str, task: str, held_out: int, folder: Path) -> str:
+    """Returns a .jsonl file of a setting's training questions, named by its content."""
+    items, _ = hold_out(questions_of(task, "train"), held_out)
+    count = SETTINGS[setting][1]
+    items = items if count is None or count >= len(items) else hold_out(items, count)[1]
+    names = ("question", "choices", "answer_index")
+    text = "".join(json.dumps({name: getattr(q, name) for name in names}, ensure_ascii=False) + "\n" for q in items)
+    file = folder / f"{setting}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return str(file)
+
+
+def cells(config: RatesConfig) -> list[Cell]:
+    """Returns the runs, seed by seed, so that a run that is cut has whole curves of the first seed."""
+    found = []
+    order = itertools.product(config.settings, config.scales, range(config.seeds), config.variants, config.rates)
+    for setting, scale, seed, name, rate in order:
+        task = config.tasks[0] if config.tasks[0].endswith(".jsonl") else SETTINGS[setting][0]
+        file = training_file(setting, task, config.held_out, config.runs.parent / "data")
+        options, decay = METHODS[name]
+        numbers = {
+            "learning_rate": rate,
+            "alpha": 8 * scale,
+            "seed": seed,
+            "loss": "answer",
+            "weight_decay": decay / rate,
+        }
+        numbers |= options | {"steps": config.steps or SETTINGS[setting][2]}
+        split = "validation" if task == "social_iqa" else "test"
+        train, scoring = training(config, file, **numbers), f"held_out={config.held_out}"
+        found.append(Cell(train=train, score_on=f"{task} {split}", scoring=scoring))
+    return found
+
+
+def score(cell: Cell, directory: Path, config: RatesConfig) -> Record:
+    """Returns each reported question's log p and tokens of the right answer, and the nats of the held-out ones."""
+    base = cell.train.model
+    model, tokenizer = load_with_adapter(base.name, directory, base.dtype), load_tokenizer(base.name)
+    task, split = cell.score_on.split()
+    _, held_out = hold_out(questions_of(task, "train"), config.held_out)
+    chosen = evaluate(model, encode_all(tokenizer, held_out))
+    found = evaluate(model, encode_all(tokenizer, questions_of(task, split)))
+    log_p, tokens = right_answers(found)
+    summary = {name: round(value, 6) for name, value in found.summary().items()}
+    summary |= {"held_out_nll": round(chosen.nll_token, 6), "correct_token": bits(found.correct_token)}
+    return summary | {"log_p": np.round(log_p, 3).tolist(), "tokens": tokens.tolist()}
+
+
+def right_answers(found: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the summed log p and the tokens of each question's right answer."""
+    answers = zip(found.log_likelihood, found.num_tokens, found.answer, strict=True)
+    log_p, tokens = zip(*((sums[a], counts[a]) for sums, counts, a in answers), strict=True)
+    return np.array(log_p), np.array(tokens)
+
+
+def main(config: RatesConfig) -> None:
+    if config.smoke:
+        few = {"variants": ("AdamW", "λ = 0.005"), "rates": (1e-3, 2e-3), "scales": (2.0,), "seeds": 2}
+        with smoke(config, settings=("few",), held_out=4, **few) as small:
+            return main(small)
+    run_cells("rates", cells(config), config, partial(score, config=config))
+    print(report(config.results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(RatesConfig))

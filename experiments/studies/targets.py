@@ -1,0 +1,71 @@
+"""Target modules: does what is adapted change what the shrink does (the paper's table of target modules)?
+
+Question:  AdamW against Stable-LoRA with adapters on q and v, on all of attention, and on the feed-forward part too.
+Command:   python -m experiments.studies.targets       (--help)
+Hardware:  2 CPU cores, 8 GB. Minutes: not measured; 18 cells of 68 steps, a few minutes each.
+Paper:     3B, its five sets merged: qv 84.13 (AdamW 83.79), qkvo 84.93 (84.54), qkvogud 85.60 (85.31). Here
+           each set stands alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from experiments.running import tables
+from experiments.running.cells import Cell, Options, read_lines, run_cells, training
+from experiments.running.markdown import markdown
+from experiments.running.smoke import smoke
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsConfig(Options):
+    """Train AdamW and Stable-LoRA with adapters on more and more modules."""
+
+    targets: tuple[str, ...] = ("qv", "qkvo", "qkvogud")
+    """Modules to adapt."""
+    learning_rate: float = 5e-4
+    """η."""
+    scale: float = 2.0
+    """s."""
+    lam: float = 0.001
+    """λ of Stable-LoRA."""
+    seeds: int = 3
+    """Seeds 0, 1, ..."""
+
+
+def cells(config: TargetsConfig) -> list[Cell]:
+    numbers = {"learning_rate": config.learning_rate, "alpha": 8 * config.scale, "lam": config.lam}
+    return [
+        Cell(
+            train=training(config, task, method=method, targets=targets, seed=seed, **numbers), score_on=config.score_on
+        )
+        for task in config.tasks
+        for targets in config.targets
+        for method in config.methods
+        for seed in range(config.seeds)
+    ]
+
+
+def report(results: Path) -> str:
+    """Returns the tables, one a task and setting."""
+    records, text = read_lines("targets", results), ""
+    for each in tables.grouped(records, lambda record: tables.setting(record, *tables.OF_METHODS, "targets")).values():
+        groups = tables.grouped(each, lambda record: (record["train"]["targets"], record["train"]["method"]))
+        rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
+        text += f"**{tables.task_of(each[0])}**, {each[0]['steps']} steps of {each[0]['train']['batch_size']}\n\n"
+        text += f"{markdown(('targets', 'method', *tables.SCORES), rows)}\n\n{tables.made_by(groups)}"
+    return text + tables.failures(records) + (tables.LEGEND if text else "")
+
+
+def main(config: TargetsConfig) -> None:
+    if config.smoke:
+        with smoke(config, targets=("qkvogud",), seeds=1, lam=0.1) as small:
+            main(small)
+        return
+    run_cells("targets", cells(config), config)
+    print(report(config.results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(TargetsConfig))
