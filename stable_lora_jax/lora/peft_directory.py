@@ -136,7 +136,10 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     stacks = {path: _stack(directory, path, linears[path], slots[path], tensors, config["r"]) for path in targets}
     dtype = jnp.result_type(*(matrix.dtype for pair in stacks.values() for matrix in pair))  # the widest of all
     inject_lora(
-        *(model, config["r"], config["lora_alpha"], targets),
+        model,
+        config["r"],
+        config["lora_alpha"],
+        targets,
         rngs=nnx.Rngs(0),
         dtype=dtype,
         use_rslora=config.get("use_rslora", False),

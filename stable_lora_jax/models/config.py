@@ -51,8 +51,16 @@ class DecoderConfig:
     def __post_init__(self):
         _require_positive(
             self,
-            *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
-            *("head_dim", "rms_norm_eps", "max_positions", "rope_theta"),
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "max_positions",
+            "rope_theta",
         )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

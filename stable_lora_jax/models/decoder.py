@@ -97,7 +97,8 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         norm = partial(
-            *(nnx.RMSNorm, config.hidden_size),
+            nnx.RMSNorm,
+            config.hidden_size,
             epsilon=config.rms_norm_eps,
             rngs=rngs,
             dtype=dtype,

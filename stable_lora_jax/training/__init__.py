@@ -4,6 +4,7 @@ from stable_lora_jax.extras import needs
 
 with needs("train"):
     from stable_lora_jax.training.checkpoints import CheckpointError, Checkpoints, checkpoints, newest_step
+    from stable_lora_jax.training.compilation_cache import compilation_cache
     from stable_lora_jax.training.distributed import LostProcessError, is_first, join_processes, wait_for_all
     from stable_lora_jax.training.loggers import LOGGERS, check_logger, sign_in
     from stable_lora_jax.training.loop import NonFiniteLossError, TrainResult, check_intervals, train
@@ -45,6 +46,7 @@ __all__ = [
     "check_intervals",
     "check_logger",
     "checkpoints",
+    "compilation_cache",
     "compile_step",
     "compile_sweep_step",
     "init_state",

@@ -61,7 +61,9 @@ def join_processes(
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            *(coordinator, processes, process_id),
+            coordinator,
+            processes,
+            process_id,
             cluster_detection_method="deactivate" if coordinator else None,
             heartbeat_timeout_seconds=heartbeat_timeout,
             shutdown_timeout_seconds=heartbeat_timeout,
