@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import demo, findings
+from experiments import demo, findings, gpu_day
 from experiments.benchmarks import bench_optimizers, bench_sweep, bench_train, overhead, plan_tables, quantize
 from experiments.studies import (
     ablation,
@@ -27,6 +27,7 @@ from experiments.studies import (
 )
 
 EXPERIMENTS = {
+    "gpu_day": gpu_day,
     "rates": rates,
     "qa": qa,
     "ablation": ablation,

@@ -11,6 +11,7 @@ became stable, seconds, commit, versions and machine. Tables and figures are mad
 results`).
 """
 
+import functools
 import hashlib
 import json
 import time
@@ -21,23 +22,28 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from filelock import FileLock
+from flax import nnx
 
 from experiments.running.provenance import provenance
 from stable_lora_jax.data import Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import NonFiniteScoreError, evaluate
 from stable_lora_jax.finetune import (
     MethodConfig,
+    ModelConfig,
     RunConfig,
     finetune,
     fingerprint,
+    load_base,
     load_with_adapter,
     numbers_of,
     options_of,
     training_items,
 )
+from stable_lora_jax.models import Decoder
 from stable_lora_jax.training import NonFiniteLossError, RunDirectory, read_metrics, stop_steps
 
 Record: TypeAlias = dict[str, Any]
+_STARTED = time.monotonic()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,8 @@ class Options:
     what is killed starts again."""
     part: str = "1/1"
     """Which part of the cells to run, as 3/8; the lines then go to NAME.3of8.jsonl. For arrays of jobs."""
+    minutes: float | None = None
+    """No run begins once this program has worked for so long; what is missing is for the next time."""
     ray: int = 0
     """Run cells as Ray tasks that take this many CPU cores each, and a GPU where there are any; 0 does without Ray."""
     smoke: bool = False
@@ -150,7 +158,10 @@ def run_cells(name: str, cells: Sequence[Cell], options: Options, score: Score |
 def _records(groups: Sequence[Sequence[Cell]], options: Options, runs: Path, score: Score) -> Iterator[Record]:
     """Yields the lines of all groups, as they come: run here one after the other, or by Ray."""
     if not options.ray:
-        for group in groups:
+        for number, group in enumerate(groups):
+            if options.minutes is not None and time.monotonic() - _STARTED > 60 * options.minutes:
+                print(f"{options.minutes:g} minutes are over: {len(groups) - number} groups are left", flush=True)
+                return
             yield from run_group(group, runs, score)
     elif groups:
         from experiments.running.on_ray import run_on_ray
@@ -187,11 +198,21 @@ def part_of(cells: Sequence[Cell], part: str) -> tuple[list[Cell], str]:
 def score_questions(cell: Cell, directory: Path) -> Record:
     """Returns accuracy and likelihood of a trained cell, and which questions it has right."""
     base = cell.train.model
-    model = load_with_adapter(base.name, directory, base.dtype, base.quantize)
+    model = load_with_adapter(base.name, directory, base.dtype, base.quantize, shared_base(base))
     examples = encode_all(load_tokenizer(base.name), questions(cell), cell.train.data.prompt_format)
     scores = evaluate(model, examples)
     right = {"correct_sum": bits(scores.correct_sum), "correct_token": bits(scores.correct_token)}
     return {key: round(value, 6) for key, value in scores.summary().items()} | right
+
+
+def shared_base(config: ModelConfig) -> Decoder:
+    """Returns a base model of its own to put an adapter into; its weights are loaded once in a process."""
+    return nnx.merge(*_split_base(config.name, config.dtype, config.quantize))
+
+
+@functools.lru_cache(maxsize=1)
+def _split_base(name: str, dtype: str, quantize: str | None) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(load_base(name, dtype, quantize))
 
 
 def questions(cell: Cell) -> list[Question]:

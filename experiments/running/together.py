@@ -7,9 +7,9 @@ from typing import Any
 import optax
 from flax import nnx
 
+from experiments.running.cells import shared_base
 from stable_lora_jax.finetune import (
     RunConfig,
-    load_base,
     load_training_examples,
     total_steps,
     training_batches,
@@ -29,8 +29,7 @@ def train_together(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     examples = load_training_examples(first)
     batches = [training_batches(config, examples) for config in configs]
     total = total_steps(first, batches[0].steps_per_epoch)
-    graph, base = nnx.split(load_base(first.model.name, first.model.dtype, first.model.quantize))
-    models = [_adapted(config, nnx.merge(graph, base)) for config in configs]
+    models = [_adapted(config, shared_base(first.model)) for config in configs]
     parts = [split_model(model) for model in models]
     result = train_sweep(
         *(parts[0][0], parts[0][2], [adapters for _, adapters, _ in parts], batches),

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.running.cells import Cell, Options, Record, bits, run_cells, training
+from experiments.running.cells import Cell, Options, Record, bits, run_cells, shared_base, training
 from experiments.running.smoke import smoke
 from experiments.studies.rates_tables import report
 from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_task, load_tokenizer
@@ -115,7 +115,8 @@ def cells(config: RatesConfig) -> list[Cell]:
 def score(cell: Cell, directory: Path, config: RatesConfig) -> Record:
     """Returns each reported question's log p and tokens of the right answer, and the nats of the held-out ones."""
     base = cell.train.model
-    model, tokenizer = load_with_adapter(base.name, directory, base.dtype), load_tokenizer(base.name)
+    model = load_with_adapter(base.name, directory, base.dtype, base=shared_base(base))
+    tokenizer = load_tokenizer(base.name)
     task, split = cell.score_on.split()
     _, held_out = hold_out(questions_of(task, "train"), config.held_out)
     chosen = evaluate(model, encode_all(tokenizer, held_out))

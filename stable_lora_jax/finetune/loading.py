@@ -64,17 +64,30 @@ def adapter_file(adapter: Path) -> Path:
     return run.adapter if adapter.is_dir() else adapter
 
 
-def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", quantize: str | None = None) -> Decoder:
+def load_with_adapter(
+    name: str,
+    adapter: Path | None,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    base: Decoder | None = None,
+) -> Decoder:
     """Returns a base model, with the adapter of a run directory, a PEFT directory or a file if one is given.
+
+    Args:
+      name: of the base, as `load_model` takes it.
+      adapter: the adapter, if any.
+      dtype: of the base, a key of `DTYPES`.
+      quantize: int8, nf4 or None.
+      base: that base, where it is loaded already: it gets the adapter.
 
     Raises:
       ValueError: an adapter that belongs to another base model; an unknown dtype or quantization.
     """
     check_choice("dtype", dtype, tuple(DTYPES))
     if adapter is None:
-        return load_base(name, dtype, quantize)
+        return base or load_base(name, dtype, quantize)
     if (adapter / PEFT_CONFIG).is_file():
-        model = load_base(name, dtype, quantize)
+        model = base or load_base(name, dtype, quantize)
         count = inject_peft(adapter, model, HUB_NAMES.get(name, name), huggingface_module)
         print(f"{adapter}: filled {count} modules", file=sys.stderr)
         return model
@@ -85,7 +98,7 @@ def load_with_adapter(name: str, adapter: Path | None, dtype: str = "float32", q
             f"The adapter {file} does not belong to this model (base: file {spec.base!r}, model {name!r}). Load it "
             "onto its own base, or a copy of that in a directory of the same name."
         )
-    model = load_base(name, dtype, quantize)
+    model = base or load_base(name, dtype, quantize)
     inject_lora(model, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(0), use_rslora=spec.use_rslora)
     load_adapter(file, model, name)
     if spec.base != name:
