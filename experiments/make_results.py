@@ -21,6 +21,7 @@ from experiments.studies import (
     qa,
     qa_tables,
     rates,
+    small_decoder,
     targets,
     width_scaling,
     width_transformers,
@@ -29,6 +30,7 @@ from experiments.studies import (
 EXPERIMENTS = {
     "gpu_day": gpu_day,
     "rates": rates,
+    "small_decoder": small_decoder,
     "qa": qa,
     "ablation": ablation,
     "dynamics": dynamics,

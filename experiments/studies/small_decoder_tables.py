@@ -1,0 +1,81 @@
+"""The tables and the figure of `small_decoder`."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.running import tables
+from experiments.running.markdown import markdown
+from experiments.studies import pilot
+from stable_lora_jax.evaluation import holm, mean_interval, paired_p_value
+from stable_lora_jax.training import read_metrics
+
+WIDE, EARLY = 0.01, "AdamW, stopped early"
+LEGEND = f"""\
+Nats per byte on windows of ARC-Easy's test split. *Minus AdamW*: mean difference over runs of the same seed, with
+half a 95 % interval over the seeds (Student's t); at the rate that is best on one half of the windows, on the other half,
+and as the mean of the whole grid. p values are of paired t tests, corrected (Holm) within a column of a table. *Wide*: rates
+of the grid within {WIDE} of the way's own best. {EARLY}: rate and step are chosen together.
+"""
+
+
+def report(results: Path) -> str:
+    """Returns the tables, one per setting and scale, and draws the figure."""
+    lines = read_metrics(results / "small_decoder.jsonl")
+    text, valleys = "", {}
+    for (setting, scale), group in tables.grouped(lines, lambda line: (line["setting"], line["scale"])).items():
+        found = {line["way"]: np.array(line["nats"]) for line in group}  # (rates, seeds, marks, halves)
+        if "AdamW" not in found:
+            continue
+        rates, title = group[0]["rates"], f"{setting}, s = {scale:g}"
+        best = {name: int(nats[..., -1, 0].mean(1).argmin()) for name, nats in found.items()}
+        at_best = {name: nats[best[name], :, -1, 1] for name, nats in found.items()}
+        over_rates = {name: nats[:, :, -1].mean((0, 2)) for name, nats in found.items()}
+        rate, mark = np.unravel_index(found["AdamW"][..., 0].mean(1).argmin(), (len(rates), found["AdamW"].shape[2]))
+        at_best[EARLY] = found["AdamW"][rate, :, mark, 1]
+        best[EARLY] = int(rate)
+        columns = [_minus(of, "AdamW") for of in (at_best, over_rates)]
+        rows = []
+        for name in at_best:
+            wide = "-"
+            if name in found:
+                valley = found[name][:, :, -1].mean((1, 2))
+                wide = str(int((valley <= valley.min() + WIDE).sum()))
+            compared = [cell for column in columns for cell in column.get(name, ("-", "-"))]
+            rows.append([name, f"{rates[best[name]]:g}", f"{at_best[name].mean():.4f}", *compared, wide])
+        header = ("way", "chosen η", "nats per byte", "minus AdamW", "p", "mean of rates minus AdamW", "p", "wide")
+        text += (
+            f"**{title}**, {group[0]['steps']} steps, {found['AdamW'].shape[1]} seeds\n\n{markdown(header, rows)}\n\n"
+        )
+        valleys[title] = rates, {name: nats[:, :, -1].mean((1, 2)) for name, nats in found.items()}
+    if not text:
+        return ""
+    draw(results / "small_decoder.png", valleys)
+    minutes = sum(line["seconds"] for line in lines) / 60
+    made = ", ".join(dict.fromkeys(f"{line['machine']['cpu']} at {line['commit']}" for line in lines))
+    return f"{text}{LEGEND}\nMeasured on {made}, {minutes:.0f} minutes.\n\n![nats over the rate](small_decoder.png)\n"
+
+
+def _minus(of: dict[str, np.ndarray], baseline: str) -> dict[str, tuple[str, str]]:
+    """Returns each way's difference from the baseline, paired by seed, and its corrected p value."""
+    differences = {name: each - of[baseline] for name, each in of.items() if name != baseline}
+    p_values = holm([paired_p_value(each) for each in differences.values()])
+    return {
+        name: (tables.number(mean_interval(each), 4), pilot.p_text(p))
+        for (name, each), p in zip(differences.items(), p_values, strict=True)
+    }
+
+
+def draw(path: Path, valleys: dict[str, tuple[list[float], dict[str, np.ndarray]]]) -> None:
+    """Writes the figure: a panel per table, nats per byte over η."""
+    figure = Figure(figsize=(5 * len(valleys), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(valleys), squeeze=False)[0]
+    for ax, (title, (rates, found)) in zip(axes, valleys.items(), strict=True):
+        for number, (name, nats) in enumerate(found.items()):
+            ax.plot(rates, nats, "o-" if number < 10 else "o--", color=f"C{number % 10}", markersize=3, label=name)
+        low = min(nats.min() for nats in found.values())
+        ax.set(xscale="log", xlabel="peak learning rate η", title=title, ylim=(low - 0.01, low + 0.3))
+    axes[0].set_ylabel("nats per byte")
+    axes[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
