@@ -1,9 +1,11 @@
 """The tables and the figure of `small_decoder`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from experiments.running import tables
 from experiments.running.markdown import markdown
@@ -14,9 +16,9 @@ from stable_lora_jax.training import read_metrics
 WIDE, EARLY = 0.01, "AdamW, stopped early"
 LEGEND = f"""\
 Nats per byte on windows of ARC-Easy's test split. *Minus AdamW*: mean difference over runs of the same seed, with
-half a 95 % interval over the seeds (Student's t); at the rate that is best on one half of the windows, on the other half,
-and as the mean of the whole grid. p values are of paired t tests, corrected (Holm) within a column of a table. *Wide*: rates
-of the grid within {WIDE} of the way's own best. {EARLY}: rate and step are chosen together.
+half a 95 % interval over the seeds (Student's t); at the rate that is best on one half of the windows, on the other
+half, and as the mean of the whole grid. p values are of paired t tests, corrected (Holm) within a column of a table.
+*Wide*: rates of the grid within {WIDE} of the way's own best. {EARLY}: rate and step are chosen together.
 """
 
 
@@ -25,10 +27,10 @@ def report(results: Path) -> str:
     lines = read_metrics(results / "small_decoder.jsonl")
     text, valleys = "", {}
     for (setting, scale), group in tables.grouped(lines, lambda line: (line["setting"], line["scale"])).items():
-        found = {line["way"]: np.array(line["nats"]) for line in group}  # (rates, seeds, marks, halves)
+        found = {way: over_all_rates(of_way) for way, of_way in tables.grouped(group, lambda line: line["way"]).items()}
         if "AdamW" not in found:
             continue
-        rates, title = group[0]["rates"], f"{setting}, s = {scale:g}"
+        rates, title = sorted({rate for line in group for rate in line["rates"]}), f"{setting}, s = {scale:g}"
         best = {name: int(nats[..., -1, 0].mean(1).argmin()) for name, nats in found.items()}
         at_best = {name: nats[best[name], :, -1, 1] for name, nats in found.items()}
         over_rates = {name: nats[:, :, -1].mean((0, 2)) for name, nats in found.items()}
@@ -57,6 +59,19 @@ def report(results: Path) -> str:
     return f"{text}{LEGEND}\nMeasured on {made}, {minutes:.0f} minutes.\n\n![nats over the rate](small_decoder.png)\n"
 
 
+def over_all_rates(lines: list[dict[str, Any]]) -> np.ndarray:
+    """Returns a way's nats per byte in the order of the rates, of which each line has some.
+
+    Args:
+      lines: of one way, each with rates and nats (rates, seeds, marks, halves).
+
+    Returns:
+      The nats of all rates, with shape (all rates, seeds, marks, halves).
+    """
+    by_rate = {rate: nats for line in lines for rate, nats in zip(line["rates"], line["nats"], strict=True)}
+    return np.array([by_rate[rate] for rate in sorted(by_rate)])
+
+
 def _minus(of: dict[str, np.ndarray], baseline: str) -> dict[str, tuple[str, str]]:
     """Returns each way's difference from the baseline, paired by seed, and its corrected p value."""
     differences = {name: each - of[baseline] for name, each in of.items() if name != baseline}
@@ -75,7 +90,9 @@ def draw(path: Path, valleys: dict[str, tuple[list[float], dict[str, np.ndarray]
         for number, (name, nats) in enumerate(found.items()):
             ax.plot(rates, nats, "o-" if number < 10 else "o--", color=f"C{number % 10}", markersize=3, label=name)
         low = min(nats.min() for nats in found.values())
-        ax.set(xscale="log", xlabel="peak learning rate η", title=title, ylim=(low - 0.01, low + 0.3))
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set(xlabel="peak learning rate η", title=title, ylim=(low - 0.01, low + 0.3))
     axes[0].set_ylabel("nats per byte")
     axes[-1].legend(fontsize=7)
     figure.savefig(path, dpi=110)

@@ -1,6 +1,7 @@
 """``stable-lora export``: an adapter, or the model with it folded in, as PEFT, transformers and vLLM load them."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +57,7 @@ def export_command(config: ExportConfig) -> None:
         return
     spec, model = read_adapter_spec(adapter_file(config.run)), load_with_adapter(name, config.run)
     base = config.base or HUB_NAMES.get(name, name)
-    count = save_peft(config.out, model, base, huggingface_module)
+    count = save_peft(config.out, model, base, partial(huggingface_module, model_type=model.config.model_type))
     print(f"{config.out}: {count} modules, rank {spec.rank}, alpha {spec.alpha:g}, base {base}")
     for note in vllm_notes(spec):
         print(f"Note: {note}")

@@ -1,126 +1,34 @@
-"""One decoder for Llama and Qwen2, whose layers are one module with stacked parameters, run by a scan.
+"""One decoder for all supported families, whose layers are one module with stacked parameters, run by a scan.
 
 Stacking keeps compile time independent of depth and lets one adapter module serve all layers: whatever replaces a
 projection (say `layers.self_attn.q_proj`) only has to hold its own state with a leading layer axis. The scan splits
 that state by kind: `nnx.Param` is read, everything else (random number counters) is read and written back.
 
+What families differ in is data (`DecoderConfig`). Layers of one model may differ in what they see and in how they
+rotate: both are made once for each kind, and every layer picks its own.
+
 Attribute names follow Hugging Face, so a path here is a path there without the layer index. Kernels are (in, out).
 Normalisation, rotary embedding, softmax and logits are float32 whatever the computation dtype.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from stable_lora_jax.models.attention import Attention, attend
+from stable_lora_jax.models.attention import Attention
 from stable_lora_jax.models.cache import KVCache
 from stable_lora_jax.models.chunked_head import chunked_log_likelihoods
 from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.float32_dot import float32_dot
-from stable_lora_jax.models.rotary import Rotation, rotary_frequencies, rotate, rotation_at
-
-# One object, not one per model: graph definitions compare initializers by identity, and jit caches compare those.
-_INIT = nnx.initializers.normal(0.02)
-
-# What the backward pass keeps; the rest is computed again.
-_kept = partial(checkpoint_name, name="kept")
-
-Hidden = Float[Array, "batch length width"]
-
-
-class _AttentionInputs(NamedTuple):
-    """What all layers share about where tokens are and what they see."""
-
-    positions: Int[Array, "#batch length"]
-    rotation: Rotation
-    visible: Bool[Array, "#batch length keys"] | None  # None: all before them
-
-
-class SelfAttention(nnx.Module):
-    """Grouped-query attention with rotary embedding."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        self.head_dim = config.head_dim
-        query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        linear = partial(nnx.Linear, kernel_init=_INIT, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.q_proj = linear(config.hidden_size, query_width, use_bias=config.qkv_bias)
-        self.k_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
-        self.v_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
-        self.o_proj = linear(query_width, config.hidden_size, use_bias=False)
-
-    def __call__(
-        self,
-        x: Hidden,
-        inputs: _AttentionInputs,
-        implementation: Attention,
-        cache: KVCache | None,
-        layer: Int[Array, ""],
-    ) -> tuple[Hidden, KVCache | None]:
-        """The attended values, and the cache with this layer's keys and values when one is given."""
-        batch, length, _ = x.shape
-        split = (batch, length, -1, self.head_dim)
-        query = rotate(_kept(self.q_proj(x)).reshape(split), inputs.rotation)
-        key = rotate(_kept(self.k_proj(x)).reshape(split), inputs.rotation)
-        value = _kept(self.v_proj(x)).reshape(split)
-        if cache is not None:
-            cache = cache.write(layer, inputs.positions, key, value)
-            key, value = cache.keys[layer], cache.values[layer]
-        attended = attend(query, key, value, inputs.visible, implementation)
-        return _kept(self.o_proj(attended.reshape(batch, length, -1))), cache
-
-
-class FeedForward(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)); arXiv 2002.05202, eq. 6."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        linear = partial(nnx.Linear, use_bias=False, kernel_init=_INIT, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: Hidden) -> Hidden:
-        """The transformed features."""
-        # In float32 up to one rounding at the end: rounding every step, as bfloat16 would, costs more than the steps.
-        gate, up = (_kept(projection(x)).astype(jnp.float32) for projection in (self.gate_proj, self.up_proj))
-        return self.down_proj((jax.nn.silu(gate) * up).astype(x.dtype))
-
-
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        norm = partial(
-            nnx.RMSNorm,
-            config.hidden_size,
-            epsilon=config.rms_norm_eps,
-            rngs=rngs,
-            dtype=dtype,
-            param_dtype=param_dtype,
-        )
-        self.input_layernorm = norm()
-        self.self_attn = SelfAttention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.post_attention_layernorm = norm()
-        self.mlp = FeedForward(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-
-    def __call__(
-        self,
-        x: Hidden,
-        inputs: _AttentionInputs,
-        implementation: Attention,
-        cache: KVCache | None,
-        layer: Int[Array, ""],
-    ) -> tuple[Hidden, KVCache | None]:
-        """The next residual stream, and the cache with this layer's keys and values when one is given."""
-        attended, cache = self.self_attn(self.input_layernorm(x), inputs, implementation, cache, layer)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+from stable_lora_jax.models.layer import WEIGHT_INIT, AttentionInputs, DecoderLayer, Hidden
+from stable_lora_jax.models.norms import rms_norm
+from stable_lora_jax.models.rope_scaling import LongRopeScaling, RopeScaling
+from stable_lora_jax.models.rotary import Rotation, rotation_at
 
 
 class Placement(NamedTuple):
@@ -142,7 +50,7 @@ _AS_IT_IS = Placement(weights=lambda path, params: params, rows=lambda hidden: h
 
 
 class Decoder(nnx.Module):
-    """A causal language model of the Llama or Qwen2 architecture.
+    """A causal language model of any family that `DecoderConfig` describes.
 
     `layers` is ONE `DecoderLayer` whose every array has a leading axis of `num_layers`; it is run by a scan and not
     meant to be called itself.
@@ -194,10 +102,10 @@ class Decoder(nnx.Module):
 
         # The embedding keeps param_dtype: only the rows that are looked up are converted, not the whole table.
         self.embed_tokens = nnx.Embed(
-            config.vocab_size, width, embedding_init=_INIT, rngs=rngs, param_dtype=param_dtype
+            config.vocab_size, width, embedding_init=WEIGHT_INIT, rngs=rngs, param_dtype=param_dtype
         )
         self.layers = stacked_layers(rngs)
-        self.norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.norm = rms_norm(config, width, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         if config.tie_embeddings:
             self.lm_head = None
         else:
@@ -205,7 +113,7 @@ class Decoder(nnx.Module):
                 width,
                 config.vocab_size,
                 use_bias=False,
-                kernel_init=_INIT,
+                kernel_init=WEIGHT_INIT,
                 rngs=rngs,
                 dtype=dtype,
                 param_dtype=param_dtype,
@@ -236,11 +144,19 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: ids in [0, vocab_size).
-            positions: rotary positions from 0, anew in each document; None counts along the row.
+            positions: rotary positions from 0, anew in each document and without gaps; None counts along the row.
             segments: as above, negative is padding; None: tokens see all before them in their document.
             documents: as above; None: a row is one document.
+
+        Raises:
+            ValueError: several documents in a row so long that LongRoPE's factors depend on which of them is long.
         """
-        length = tokens.shape[1]
+        length, scaling = tokens.shape[1], self.config.rope_scaling
+        if documents is not None and isinstance(scaling, LongRopeScaling) and length > scaling.original_max_positions:
+            raise ValueError(
+                f"Packed rows of {length} tokens: LongRoPE's factors depend on the length of a row beyond "
+                f"{scaling.original_max_positions} tokens. Take rows of at most that, or do not pack."
+            )
         if positions is None:
             positions = jnp.arange(length)[None]
         visible, causal = None, jnp.tril(jnp.ones((length, length), bool))[None]
@@ -250,7 +166,7 @@ class Decoder(nnx.Module):
             keys = segments[:, None, :]
             ours = (keys == segments[:, :, None]) | (keys == 0)
             visible = ours & (causal if visible is None else visible)
-        return self._run(tokens, positions, visible, None)[0]
+        return self._run(tokens, positions, visible, causal, positions, None)[0]
 
     def extend(
         self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: KVCache
@@ -265,8 +181,9 @@ class Decoder(nnx.Module):
             positions: of the tokens, in [0, slots); each row's continues where its last real token ended.
             cache: from `init_cache` or an earlier call.
         """
-        visible = jnp.arange(cache.keys.shape[2]) <= positions[:, :, None]
-        hidden, cache_out = self._run(tokens, positions, visible, cache)
+        slots = jnp.arange(cache.keys.shape[2])[None]
+        visible = slots[:, None, :] <= positions[:, :, None]
+        hidden, cache_out = self._run(tokens, positions, visible, visible, slots, cache)
         assert cache_out is not None  # for the type checker: a cache that goes in comes out
         return hidden, cache_out
 
@@ -287,8 +204,11 @@ class Decoder(nnx.Module):
         else:
             _, params = nnx.split(self.lm_head, nnx.Param)
             weight = self.placement.weights("lm_head", params)["kernel"][...].astype(self.dtype)
-        vocab_axis = 0 if self.lm_head is None else 1
+        vocab_axis, hidden = 0 if self.lm_head is None else 1, self._at_logits_scale(hidden)
         return chunked_log_likelihoods(hidden, targets, weight, vocab_axis, self.placement.row_splits)
+
+    def _at_logits_scale(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        return hidden if self.config.logits_scale == 1 else self.config.logits_scale * hidden
 
     def _embedding(self) -> Float[Array, "vocab width"]:
         embedding = self.placement.weights("embed_tokens.embedding", self.embed_tokens.embedding[...])
@@ -296,6 +216,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits of normalised hidden states, over any leading axes."""
+        hidden = self._at_logits_scale(hidden)
         if self.lm_head is not None:
             graph, params, rest = nnx.split(self.lm_head, nnx.Param, ...)
             head = nnx.merge(graph, self.placement.weights("lm_head", params), rest)
@@ -304,16 +225,35 @@ class Decoder(nnx.Module):
             return logits
         return float32_dot(hidden, self._embedding(), (((hidden.ndim - 1,), (1,)), ((), ())))
 
-    def _run(self, tokens, positions, visible, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
+    def _run(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "#batch length"],
+        visible: Bool[Array, "#batch length keys"] | None,
+        explicit: Bool[Array, "#batch length keys"],
+        key_positions: Int[Array, "#batch keys"],
+        cache: KVCache | None,
+    ) -> tuple[Hidden, KVCache | None]:
+        """Runs all layers; `visible` is as in `attend`, `explicit` the same where it is None."""
         config = self.config
-        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        inputs = _AttentionInputs(positions, rotation_at(positions, frequencies), visible)
+        layers = range(config.num_layers)
+        rotations = _Kinds([_rotary(config, layer) for layer in layers], lambda kind: _rotation(positions, kind))
+        seen = explicit if visible is None else visible
+        within = positions[:, :, None] - key_positions[:, None, :]
+        # A window as long as the row hides nothing.
+        window = config.sliding_window if (config.sliding_window or 0) < seen.shape[-1] else None
+        visibles = _Kinds(
+            [window if config.slides(layer) else None for layer in layers],
+            lambda window: seen & (within < window) if window else seen,
+            alone=lambda window: seen & (within < window) if window else visible,
+        )
         implementation = self.attention if cache is None else "xla"
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
         def step(carry, xs):
             hidden, cache = carry
-            index, params, rest = xs
+            index, params, rest, rotation, sees = xs
+            inputs = AttentionInputs(positions, rotations.at(rotation), visibles.at(sees))
             hidden = self.placement.rows(hidden)
             layer = nnx.merge(graph, self.placement.weights("layers", params), rest)
             carry = layer(hidden, inputs, implementation, cache, index)
@@ -327,7 +267,46 @@ class Decoder(nnx.Module):
         saved = policies.nothing_saveable if self.remat else policies.save_only_these_names("kept")
         step = jax.checkpoint(step, prevent_cse=self.unroll >= config.num_layers, policy=saved)
         hidden = self.placement.rows(self.embed_tokens(tokens).astype(self.dtype))
-        xs = (jnp.arange(config.num_layers), params, rest)
+        if config.embedding_scale != 1:
+            hidden = hidden * jnp.asarray(config.embedding_scale, self.dtype)
+        xs = (jnp.arange(config.num_layers), params, rest, rotations.of_layer, visibles.of_layer)
         (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs, unroll=self.unroll)
         nnx.update(self.layers, rest)
         return self.norm(self.placement.rows(hidden)), cache
+
+
+class _Kinds:
+    """What layers of one kind share, made once for each kind and picked by the layers of a scan.
+
+    Args:
+      of_layers: the kind of every layer, hashable.
+      make: from a kind to its arrays.
+      alone: the same, where there is one kind alone; it may give None.
+    """
+
+    def __init__(self, of_layers: Sequence[Any], make: Callable[[Any], Any], alone: Callable[[Any], Any] | None = None):
+        kinds = list(dict.fromkeys(of_layers))
+        self._alone = len(kinds) == 1
+        if self._alone:
+            self._made, self.of_layer = (alone or make)(kinds[0]), None
+        else:
+            self._made = jax.tree.map(lambda *each: jnp.stack(jnp.broadcast_arrays(*each)), *map(make, kinds))
+            self.of_layer = jnp.array([kinds.index(kind) for kind in of_layers])
+
+    def at(self, kind: Int[Array, ""] | None) -> Any:
+        """The arrays of a layer's kind."""
+        return self._made if self._alone else jax.tree.map(lambda stacked: stacked[kind], self._made)
+
+
+def _rotary(config: DecoderConfig, layer: int) -> tuple[int, float, RopeScaling | None, bool]:
+    """Returns width, base and scaling of a layer's rotary embedding, and whether it has one."""
+    rotates = config.rotates(layer)
+    if config.sliding_rope_theta is not None and config.slides(layer):
+        return config.rotated, config.sliding_rope_theta, None, rotates
+    return config.rotated, config.rope_theta, config.rope_scaling, rotates
+
+
+def _rotation(positions: Int[Array, "#batch length"], kind: tuple[int, float, RopeScaling | None, bool]) -> Rotation:
+    width, theta, scaling, rotates = kind
+    cos, sin = rotation_at(positions, width, theta, scaling)
+    return (cos, sin) if rotates else (jnp.ones_like(cos), jnp.zeros_like(sin))

@@ -13,7 +13,8 @@ import numpy as np
 
 from stable_lora_jax.assets import read_gguf_metadata
 from stable_lora_jax.models.checkpoint import Checkpoint
-from stable_lora_jax.models.config import DecoderConfig, Llama3RopeScaling
+from stable_lora_jax.models.config import DecoderConfig
+from stable_lora_jax.models.rope_scaling import Llama3RopeScaling
 from stable_lora_jax.models.rotary import rotary_frequencies
 
 _ARCHITECTURES = ("llama", "qwen2")
@@ -137,6 +138,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any]) -> DecoderConfig:
         rope_scaling=None if factors is None else _recover_scaling(np.asarray(factors.data), head_dim, theta),
         qkv_bias=architecture == "qwen2",
         tie_embeddings="output.weight" not in tensors,
+        model_type=architecture,
     )
 
 

@@ -13,12 +13,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from stable_lora_jax.models.checkpoint import Checkpoint
+from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.decoder import Decoder
 from stable_lora_jax.models.hf_config import config_from_hf, config_to_hf
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Phi-3 stores these as one tensor each, row by row: (its suffix) -> the projections that it is cut into.
+_FUSED = {
+    "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+}
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -29,6 +35,7 @@ class _Tensor(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
+    first_row: int = 0
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
@@ -40,6 +47,8 @@ def open_huggingface(directory: Path) -> Checkpoint:
     """
     config = config_from_hf(read_json(directory / "config.json"))
     tensors = {name: tensor for file in _weight_files(directory) for name, tensor in _read_header(file).items()}
+    if config.model_type == "phi3":
+        tensors = _cut(tensors, config)
     if config.tie_embeddings and _HEAD in tensors:
         # As in transformers: what the file holds counts, and whichever of the two it lacks is tied to the other.
         if _EMBEDDING not in tensors:
@@ -91,11 +100,49 @@ def save_huggingface(
         layers = enumerate(value) if path.startswith("layers.") else [(None, value)]
         for layer, matrix in layers:
             tensors[_tensor_name(path, layer)] = matrix.T if path.endswith(".kernel") else matrix
+    if model.config.model_type == "phi3":
+        tensors = _joined(tensors)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, files[1], metadata={"format": "pt"})
     dtype = model.embed_tokens.embedding.dtype
     config = config_to_hf(model.config) | {"dtype": str(dtype), "bos_token_id": bos_id, "eos_token_id": eos_id}
     files[0].write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _cut(tensors: dict[str, _Tensor], config: DecoderConfig) -> dict[str, _Tensor]:
+    """Returns the tensors with every fused one as the rows of its projections."""
+    query, kv, gate = (
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+        config.intermediate_size,
+    )
+    rows = dict(zip(_FUSED, ((query, kv, kv), (gate, gate)), strict=True))
+    cut: dict[str, _Tensor] = {}
+    for name, tensor in tensors.items():
+        suffix = next((each for each in _FUSED if name.endswith(each)), None)
+        if suffix is None:
+            cut[name] = tensor
+            continue
+        if tensor.shape[0] != sum(rows[suffix]):
+            raise ValueError(
+                f"{tensor.file.name}: tensor {name} has {tensor.shape[0]} rows, config.json asks for "
+                f"{sum(rows[suffix])}; the two do not belong together; download the model again."
+            )
+        first = 0
+        for part, count in zip(_FUSED[suffix], rows[suffix], strict=True):
+            cut[name.removesuffix(suffix) + part] = tensor._replace(shape=(count, *tensor.shape[1:]), first_row=first)
+            first += count
+    return cut
+
+
+def _joined(tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Undoes `_cut`."""
+    joined = dict(tensors)
+    for suffix, parts in _FUSED.items():
+        for name in [name for name in tensors if name.endswith(parts[0])]:
+            prefix = name.removesuffix(parts[0])
+            joined[prefix + suffix] = jnp.concatenate([joined.pop(prefix + part) for part in parts])
+    return joined
 
 
 def _is_weight(path: str, value: jax.Array) -> bool:
@@ -107,12 +154,27 @@ def _tensor_name(path: str, layer: int | None) -> str:
     return f"{huggingface_module(module, layer)}.{_LEAVES[leaf]}"
 
 
-def huggingface_module(path: str, layer: int | None) -> str:
+def huggingface_module(path: str, layer: int | None, model_type: str = "llama") -> str:
     """Returns the name in transformers of a module of a `Decoder`, of one layer if it is stacked over layers.
 
-    >>> huggingface_module("layers.self_attn.q_proj", 3)
-    'model.layers.3.self_attn.q_proj'
+    Args:
+      path: dotted, in our decoder.
+      layer: its number, or None for a module that is not stacked.
+      model_type: of the decoder's configuration.
+
+    Raises:
+      ValueError: transformers has no such module: Phi-3 joins several projections in one.
+
+    Examples:
+      >>> huggingface_module("layers.self_attn.q_proj", 3)
+      'model.layers.3.self_attn.q_proj'
     """
+    joined = [name for name, parts in _FUSED.items() if any(path.endswith(part[: -len(".weight")]) for part in parts)]
+    if model_type == "phi3" and joined:
+        raise ValueError(
+            f"{path} is a part of {joined[0].removesuffix('.weight')} in transformers' Phi-3, so an adapter of it "
+            "alone has no name there. Export the merged model (--format merged), or adapt o_proj and down_proj."
+        )
     if layer is not None:
         path = path.replace("layers", f"layers.{layer}", 1)
     return path if path == "lm_head" else f"model.{path}"
@@ -175,4 +237,4 @@ def _read_tensor(tensor: _Tensor) -> np.ndarray:
         )
     # Opened anew for every tensor: what one handle has mapped stays in memory as long as it is open.
     with safe_open(tensor.file, framework="numpy") as opened:
-        return opened.get_tensor(tensor.name)
+        return opened.get_tensor(tensor.name)[tensor.first_row : tensor.first_row + tensor.shape[0]]

@@ -1,6 +1,7 @@
 """Shapes of well-known models, by name: the values of the config.json that each was published with."""
 
-from stable_lora_jax.models.config import DecoderConfig, Llama3RopeScaling
+from stable_lora_jax.models.config import DecoderConfig
+from stable_lora_jax.models.rope_scaling import Llama3RopeScaling
 
 
 def _qwen2(
@@ -25,6 +26,7 @@ def _qwen2(
         max_positions=131_072,
         rope_theta=1e6,
         qkv_bias=True,
+        model_type="qwen2",
         tie_embeddings=tie_embeddings,
     )
 

@@ -39,7 +39,7 @@ def load_model(
     remat: bool = False,
     attention: str = "auto",
 ) -> Decoder:
-    """A decoder with the weights of a Llama or Qwen2 model.
+    """A decoder with the weights of a model of one of the families in `models.families`.
 
     Args:
         name_or_path: the alias "smollm2-135m", a .gguf file, a Hugging Face directory (config.json and safetensors),

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stable_lora_jax.models import Decoder, Llama3RopeScaling, init_cache
+from stable_lora_jax.models import Decoder, Llama3RopeScaling, LongRopeScaling, init_cache
 from stable_lora_jax.models.rotary import rotary_frequencies
 from tests.models import tiny
 
 # Float32 sums in another order: a few units in the last place of logits of order one.
 ROUNDING = {"rtol": 0, "atol": 1e-5}
+MIXED = {"sliding_window": 3, "sliding_layers": (True, False, True), "sliding_rope_theta": 100.0}
+MIXED |= {"rope_layers": (True, True, False)}
 
 
 def log_probs(model, *args):
@@ -49,8 +51,9 @@ def test_only_differences_of_positions_matter():
     )
 
 
-def test_shared_prefix_with_branches_equals_separate_rows():
-    model = tiny.decoder()
+@pytest.mark.parametrize("changes", [{}, MIXED], ids=["alike", "mixed layers"])
+def test_shared_prefix_with_branches_equals_separate_rows(changes):
+    model = tiny.decoder(**changes)
     prefix, first, second = (tiny.tokens(1, n, seed) for seed, n in enumerate((4, 3, 2)))
     row = jnp.concatenate([prefix, first, second, jnp.zeros((1, 3), int)], axis=1)
     segments = jnp.array([[0] * 4 + [1] * 3 + [2] * 2 + [-1] * 3])
@@ -62,14 +65,26 @@ def test_shared_prefix_with_branches_equals_separate_rows():
     assert np.isfinite(together).all()
 
 
-def test_packed_documents_do_not_see_each_other():
-    model, (first, second) = tiny.decoder(), (tiny.tokens(1, 5, 1), tiny.tokens(1, 4, 2))
+@pytest.mark.parametrize("changes", [{}, MIXED], ids=["alike", "mixed layers"])
+def test_packed_documents_do_not_see_each_other(changes):
+    model, (first, second) = tiny.decoder(**changes), (tiny.tokens(1, 5, 1), tiny.tokens(1, 4, 2))
     row = jnp.concatenate([first, second], axis=1)
     positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
     packed = tiny.call(model, row, positions, jnp.array([[1] * 5 + [2] * 4]))
     np.testing.assert_allclose(
         packed, np.concatenate([tiny.call(model, first), tiny.call(model, second)], axis=1), **ROUNDING
     )
+
+
+def test_long_packed_rows_are_refused_where_the_rotation_depends_on_length():
+    scaling = LongRopeScaling(
+        short_factor=(1.0, 1.0), long_factor=(2.0, 2.0), original_max_positions=8, attention_factor=1.0
+    )
+    model = tiny.decoder(rope_scaling=scaling)
+    tiny.call(model, tiny.tokens(1, 8), None, None, jnp.zeros((1, 8), int))
+    tiny.call(model, tiny.tokens(1, 9))
+    with pytest.raises(ValueError, match=r"Packed rows of 9 tokens: LongRoPE.*at most that, or do not pack"):
+        tiny.call(model, tiny.tokens(1, 9), None, None, jnp.zeros((1, 9), int))
 
 
 def test_cached_equals_uncached_for_rows_of_different_length():

@@ -1,15 +1,26 @@
 """Against transformers on random models, in PyTorch float32."""
 
 import json
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from stable_lora_jax.models import generate, load_model, save_huggingface
+from stable_lora_jax.lora import inject_lora, inject_peft, save_peft
+from stable_lora_jax.models import (
+    LongRopeScaling,
+    generate,
+    huggingface_module,
+    init_cache,
+    load_model,
+    save_huggingface,
+)
 from tests.models import tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
@@ -25,10 +36,18 @@ LLAMA3 = {
 }
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+LONG |= {"short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 2.0, 4.0]}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 6, "num_hidden_layers": 4}
+GEMMA |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.5}
+
+
 def reference(family, **changes):
     """A random transformers model; weights large enough that attention is far from uniform, biases not zero."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
+    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(
         **{
             "vocab_size": 61,
             "hidden_size": 56,
@@ -40,6 +59,7 @@ def reference(family, **changes):
             "initializer_range": 0.15,
             "bos_token_id": None,
             "eos_token_id": None,
+            "pad_token_id": None,
             **changes,
         }
     )
@@ -47,6 +67,8 @@ def reference(family, **changes):
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
+        if "norm" in name:  # not all 1, or 0
+            torch.nn.init.normal_(parameter, mean=parameter.detach().mean().item(), std=0.2)
     return model
 
 
@@ -60,6 +82,32 @@ def reference(family, **changes):
         ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "20KB"),
         ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}, None),
         ("Qwen2", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}, None),
+        ("Llama", {"attention_bias": True, "mlp_bias": True}, None),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}, None),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}}, None),
+        ("Llama", {"rope_parameters": YARN}, None),
+        ("Qwen2", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}}, None),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, None),
+        ("Qwen3", {"head_dim": 8}, None),
+        ("Qwen3", {"head_dim": 10, "attention_bias": True, "tie_word_embeddings": True}, "20KB"),
+        ("Mistral", {"sliding_window": None}, None),
+        ("Mistral", {"sliding_window": 7, "head_dim": 12}, None),
+        (
+            "Ministral",
+            {"head_dim": 8, "sliding_window": 7, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+            None,
+        ),
+        ("SmolLM3", {"no_rope_layer_interval": 2}, None),
+        ("SmolLM3", {"no_rope_layers": [0, 1, 1], "attention_bias": True, "tie_word_embeddings": False}, None),
+        ("Olmo2", {}, None),
+        ("Olmo2", {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}, None),
+        ("Granite", GRANITE, None),
+        ("Granite", GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, None),
+        ("Gemma3", GEMMA, None),
+        ("Gemma3", GEMMA | {"attention_bias": True, "tie_word_embeddings": False}, "20KB"),
+        ("Phi3", {}, None),
+        ("Phi3", {"sliding_window": 9, "num_key_value_heads": 7, "tie_word_embeddings": True}, "20KB"),
+        ("Phi3", {"rope_parameters": LONG | {"partial_rotary_factor": 0.75}}, None),
     ],
 )
 def test_logits_equal_transformers(tmp_path, family, changes, shard):
@@ -73,12 +121,20 @@ def test_logits_equal_transformers(tmp_path, family, changes, shard):
     logits = tiny.call(model, jnp.asarray(tokens))
     assert expected.std() > 0.5
     assert np.abs(logits - expected).max() <= TOLERANCE
+    # A token at a time, from a cache.
+    cache, steps = init_cache(model.config, 2, 40), []
+    for position in range(40):
+        at = jnp.full((2, 1), position)
+        hidden, cache = extend(model, tokens[:, position, None], at, cache)
+        steps.append(model.logits(hidden))
+    if not isinstance(model.config.rope_scaling, LongRopeScaling):  # which depends on how long a row is
+        assert np.abs(jnp.concatenate(steps, 1) - expected).max() <= TOLERANCE
     # Written again, transformers has the same model, tied where it was.
     save_huggingface(tmp_path / "again", model)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():
-        np.testing.assert_array_equal(again(torch.asarray(tokens)).logits.numpy(), expected)
-    tied = changes.get("tie_word_embeddings", False)
+        np.testing.assert_allclose(again(torch.asarray(tokens)).logits.numpy(), expected, atol=2e-6, rtol=0)
+    tied = changes.get("tie_word_embeddings", family in ("SmolLM3", "Gemma3"))
     assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) == tied
     with pytest.raises(FileExistsError, match=r"holds config\.json and model\.safetensors already"):
         save_huggingface(tmp_path / "again", model)
@@ -117,8 +173,26 @@ def test_odd_configurations_are_read_as_transformers_does(tmp_path, made, change
     assert np.abs(tiny.call(load_model(tmp_path), jnp.asarray(tokens)) - expected).max() <= TOLERANCE
 
 
-def test_greedy_tokens_equal_transformers(tmp_path):
-    expected_model = reference("Qwen2")
+@nnx.jit
+def extend(model, tokens, positions, cache):
+    return model.extend(tokens, positions, cache)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 8}),
+        ("Mistral", {"sliding_window": 7}),
+        ("SmolLM3", {"no_rope_layer_interval": 2}),
+        ("Olmo2", {}),
+        ("Granite", GRANITE),
+        ("Gemma3", GEMMA),
+        ("Phi3", {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_greedy_tokens_equal_transformers(tmp_path, family, changes):
+    expected_model = reference(family, **changes)
     expected_model.save_pretrained(tmp_path)
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
     expected = [
@@ -126,3 +200,52 @@ def test_greedy_tokens_equal_transformers(tmp_path):
         for prompt in prompts
     ]
     assert generate(load_model(tmp_path), prompts, max_new_tokens=20) == expected
+
+
+FAMILIES = [
+    ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    ("Mistral", {"sliding_window": 7}),
+    ("SmolLM3", {"no_rope_layer_interval": 2}),
+    ("Olmo2", {}),
+    ("Granite", GRANITE),
+    ("Gemma3", GEMMA),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES)
+def test_adapters_go_to_peft_and_back(tmp_path, family, changes):
+    peft = pytest.importorskip("peft")
+    reference(family, **changes).save_pretrained(tmp_path / "base")
+    model = inject_lora(
+        load_model(tmp_path / "base"), 3, 12, "qkvogud", rngs=nnx.Rngs(0), b_init=nnx.initializers.normal(0.3)
+    )
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
+    ours = tiny.call(model, jnp.asarray(tokens))
+    save_peft(tmp_path / "ours", model, "base", partial(huggingface_module, model_type=model.config.model_type))
+    theirs = peft.PeftModel.from_pretrained(reference(family, **changes), tmp_path / "ours")
+    with torch.no_grad():
+        assert np.abs(theirs(torch.asarray(tokens)).logits.numpy() - ours).max() <= TOLERANCE
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        expected = theirs(torch.asarray(tokens)).logits.numpy()
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    again = load_model(tmp_path / "base")
+    assert inject_peft(tmp_path / "theirs", again, "base", huggingface_module) == 7 * model.config.num_layers
+    assert np.abs(tiny.call(again, jnp.asarray(tokens)) - expected).max() <= TOLERANCE
+
+
+def test_phi3_has_no_names_for_parts_of_a_projection(tmp_path):
+    peft = pytest.importorskip("peft")
+    reference("Phi3").save_pretrained(tmp_path / "base")
+    name = partial(huggingface_module, model_type="phi3")
+    model = inject_lora(load_model(tmp_path / "base"), 2, 4, "qv", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"q_proj is a part of self_attn.qkv_proj in transformers' Phi-3"):
+        save_peft(tmp_path / "ours", model, "base", name)
+    config = peft.LoraConfig(r=2, target_modules=["qkv_proj"])
+    peft.get_peft_model(reference("Phi3"), config).save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    with pytest.raises(ValueError, match=r"has no match for model.layers.0.self_attn.qkv_proj"):
+        inject_peft(tmp_path / "theirs", load_model(tmp_path / "base"), "base", huggingface_module)
+    model = inject_lora(load_model(tmp_path / "base"), 2, 4, ["o_proj", "down_proj"], rngs=nnx.Rngs(0))
+    assert save_peft(tmp_path / "others", model, "base", name) == 6

@@ -28,6 +28,8 @@ CONFIG = DecoderConfig(
 
 
 def config(**changes: Any) -> DecoderConfig:
+    if changes.get("qkv_bias"):  # what a Hugging Face file says of one that has biases there
+        changes = {"model_type": "qwen2", **changes}
     return DecoderConfig(**{**{name: getattr(CONFIG, name) for name in asdict(CONFIG)}, **changes})
 
 
