@@ -23,6 +23,7 @@ from experiments.running.markdown import markdown
 from experiments.running.smoke import smoke
 from experiments.studies import ablation, rates, targets
 from experiments.studies.qa import best_numbers
+from stable_lora_jax.assets import cache_dir
 from stable_lora_jax.data import TASKS
 from stable_lora_jax.training import METHODS, compilation_cache
 
@@ -86,7 +87,7 @@ def main(config: GpuDayConfig) -> None:
         return
     shared = {"results": config.results, "runs": config.runs, "model": config.model, "dtype": config.dtype}
     shared |= {"together": config.together, "minutes": config.minutes}
-    with compilation_cache():
+    with compilation_cache(cache_dir() / "compiled"):
         run_cells("gpu_day", cells(config), config)
         three = {"tasks": ("arc_easy",), "steps": config.steps}
         target = replace(targets.TargetsConfig(), **shared | three, seeds=config.seeds)

@@ -11,7 +11,6 @@ became stable, seconds, commit, versions and machine. Tables and figures are mad
 results`).
 """
 
-import functools
 import hashlib
 import json
 import time
@@ -22,24 +21,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from filelock import FileLock
-from flax import nnx
 
+from experiments.running.bases import shared_base
 from experiments.running.provenance import provenance
 from stable_lora_jax.data import Question, encode_all, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import NonFiniteScoreError, evaluate
 from stable_lora_jax.finetune import (
     MethodConfig,
-    ModelConfig,
     RunConfig,
     finetune,
     fingerprint,
-    load_base,
     load_with_adapter,
     numbers_of,
     options_of,
     training_items,
 )
-from stable_lora_jax.models import Decoder
 from stable_lora_jax.training import NonFiniteLossError, RunDirectory, read_metrics, stop_steps
 
 Record: TypeAlias = dict[str, Any]
@@ -203,16 +199,6 @@ def score_questions(cell: Cell, directory: Path) -> Record:
     scores = evaluate(model, examples)
     right = {"correct_sum": bits(scores.correct_sum), "correct_token": bits(scores.correct_token)}
     return {key: round(value, 6) for key, value in scores.summary().items()} | right
-
-
-def shared_base(config: ModelConfig) -> Decoder:
-    """Returns a base model of its own to put an adapter into; its weights are loaded once in a process."""
-    return nnx.merge(*_split_base(config.name, config.dtype, config.quantize))
-
-
-@functools.lru_cache(maxsize=1)
-def _split_base(name: str, dtype: str, quantize: str | None) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(load_base(name, dtype, quantize))
 
 
 def questions(cell: Cell) -> list[Question]:

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 from flax import nnx
 
-from experiments.running.cells import shared_base
+from experiments.running.bases import shared_base
 from stable_lora_jax.finetune import (
     RunConfig,
     load_training_examples,

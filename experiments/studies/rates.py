@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.running.cells import Cell, Options, Record, bits, run_cells, shared_base, training
+from experiments.running.bases import shared_base
+from experiments.running.cells import Cell, Options, Record, bits, run_cells, training
 from experiments.running.smoke import smoke
 from experiments.studies.rates_tables import report
 from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_task, load_tokenizer

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with needs("train"):
             import tyro
 
+            from stable_lora_jax.assets import cache_dir
             from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
             from stable_lora_jax.cli.export import ExportConfig, export_command
             from stable_lora_jax.cli.generate import GenerateConfig, generate_command
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes,),  # sections do not show
         )
-        with compilation_cache():
+        with compilation_cache(cache_dir() / "compiled"):
             result = commands[type(config)][1](config)
     except (ValueError, OSError, NonFiniteLossError, LostProcessError, CheckpointError) as error:
         print("\n".join([f"stable-lora: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr, flush=True)

@@ -18,7 +18,6 @@ import jax
 from filelock import FileLock, Timeout
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from stable_lora_jax.assets import cache_dir
 from stable_lora_jax.training.provenance import versions
 
 LIMIT = 4 * 2**30
@@ -26,20 +25,20 @@ _PRIVATE, _LOCK = "process-", ".lock"
 
 
 @contextlib.contextmanager
-def compilation_cache(folder: Path | None = None, limit: int = LIMIT) -> Iterator[None]:
+def compilation_cache(folder: Path, limit: int = LIMIT) -> Iterator[None]:
     """Keeps what is compiled in the block, where that takes a second or more, for later processes.
 
     Does nothing where JAX is told what to do: by `JAX_COMPILATION_CACHE_DIR`, or `JAX_ENABLE_COMPILATION_CACHE=0`.
 
     Args:
-      folder: of the shared entries, in one for each processor and versions of JAX; in the cache folder if None. If it
-        cannot be written, nothing is kept.
+      folder: of the shared entries, in one for each processor and versions of JAX. If it cannot be written, nothing is
+        kept.
       limit: bytes; the entries that were added first are deleted beyond it.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         yield
         return
-    shared = (folder or cache_dir() / "compiled") / _machine()
+    shared = folder / _machine()
     try:
         shared.mkdir(parents=True, exist_ok=True)
         private = Path(tempfile.mkdtemp(prefix=_PRIVATE, dir=shared))
