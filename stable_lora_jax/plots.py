@@ -25,7 +25,7 @@ def save_figures(runs: Sequence[Path], out: Path | None = None, file_format: str
       out: folder for the figures; each run's own, and the first run's for the losses, if None.
       file_format: png, svg or pdf.
     """
-    figures, labels = {}, _labels(runs)
+    figures, labels = {}, run_labels(runs)
     for label, run in labels.items():
         stem = "norms" if out is None else f"{label.replace('/', '-')}-norms"
         file, number = (out or run) / f"{stem}.{file_format}", 1
@@ -41,7 +41,7 @@ def save_figures(runs: Sequence[Path], out: Path | None = None, file_format: str
     return list(figures)
 
 
-def _labels(runs: Sequence[Path]) -> dict[str, Path]:
+def run_labels(runs: Sequence[Path]) -> dict[str, Path]:
     """Returns label -> run: the directory's name, or its path where two have the same name."""
     names = [run.name for run in runs]
     return {run.name if names.count(run.name) == 1 else run.as_posix().strip("/"): run for run in runs}
@@ -79,7 +79,7 @@ def plot_norms(run: Path) -> Figure:
 
 
 def plot_losses(runs: Mapping[str, Path]) -> Figure:
-    """Returns the training loss of several runs over the steps, with a running mean of 20 steps.
+    """Returns the training loss of several runs over the steps, with a running mean of 20 steps, and validation losses.
 
     Args:
       runs: label -> run directory.
@@ -98,6 +98,8 @@ def plot_losses(runs: Mapping[str, Path]) -> Figure:
         ax.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
         mean = np.convolve(losses, np.ones(width) / width, mode="valid")
         ax.plot(steps[width - 1 :], mean, color=f"C{number}", label=label)
+        if validated := {line["step"]: line["validation"]["loss"] for line in _lines(run) if "validation" in line}:
+            ax.plot(*zip(*validated.items(), strict=True), "o--", color=f"C{number}", label=f"{label}, validation")
     ax.set(xlabel="step", ylabel="training loss, nats")
     ax.legend()
     return figure

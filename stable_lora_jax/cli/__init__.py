@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import tyro
 
             from stable_lora_jax.assets import cache_dir
+            from stable_lora_jax.cli.config_file import with_file
             from stable_lora_jax.cli.evaluate import EvalConfig, eval_command
             from stable_lora_jax.cli.export import ExportConfig, export_command
             from stable_lora_jax.cli.generate import GenerateConfig, generate_command
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {name: kind for kind, (name, _) in commands.items()},
             prog="stable-lora",
             description="Stable-LoRA (arXiv 2603.05204): fine-tune, evaluate, generate, export, plot, watch, plan.",
-            args=arguments,
+            args=with_file(sys.argv[1:] if arguments is None else arguments),
             config=(tyro.conf.OmitArgPrefixes,),  # sections do not show
         )
         with compilation_cache(cache_dir() / "compiled"):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
@@ -100,6 +101,13 @@ class Evaluation:
         right = [(s[a], n[a]) for s, n, a in zip(self.log_likelihood, self.num_tokens, self.answer, strict=True)]
         return float(-sum(s for s, _ in right) / sum(n for _, n in right))
 
+    @property
+    def choice_loss(self) -> float:
+        """Negative logarithm of the right choice's share in a softmax over log p per token, nats per question."""
+        per_token = [s / n for s, n in zip(self.log_likelihood, self.num_tokens, strict=True)]
+        shares = [s[a] - np.logaddexp.reduce(s) for s, a in zip(per_token, self.answer, strict=True)]
+        return float(-np.mean(shares))
+
     def summary(self) -> dict[str, float]:
         """Returns the three figures by name, with the number of questions."""
         return {
@@ -156,7 +164,10 @@ def _scores(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[np.nda
     where = np.zeros(-(-batch.branch.size // _CHUNK) * _CHUNK, np.int32)
     where[: len(real)] = real
     scores = np.zeros(batch.branch.size)
-    scores[real] = np.asarray(_score_chunks(graph, state, batch, where, chunks))[: len(real)]
+    found = _score_chunks(graph, state, batch, where, chunks)
+    if not found.is_fully_addressable:  # of weights that several processes share
+        found = process_allgather(found, tiled=True)
+    scores[real] = np.asarray(found)[: len(real)]
     return scores.reshape(batch.branch.shape)
 
 

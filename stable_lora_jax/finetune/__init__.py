@@ -19,6 +19,7 @@ with needs("train"):
         check_data,
         fingerprint,
         numbers_of,
+        option_places,
         options_of,
     )
     from stable_lora_jax.finetune.execution import ExecutionConfig, parse_mesh
@@ -35,6 +36,7 @@ with needs("train"):
     from stable_lora_jax.finetune.run import (
         finetune,
         load_training_examples,
+        load_validation,
         total_steps,
         training_batches,
         training_items,
@@ -60,8 +62,10 @@ __all__ = [
     "given_or_trained",
     "load_base",
     "load_training_examples",
+    "load_validation",
     "load_with_adapter",
     "numbers_of",
+    "option_places",
     "options_of",
     "parse_mesh",
     "quantization",

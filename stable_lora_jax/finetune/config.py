@@ -57,6 +57,9 @@ class DataConfig:
     """cloze (answers are texts) or letter (answers are A, B, ...)."""
     max_length: int = 512
     """Longest example in tokens."""
+    validation: str | None = None
+    """What --eval-every scores: a .jsonl file, or a task's validation split by the task's name. If not given, what
+    --holdout keeps out, else the validation split of the task that is trained on."""
     pack: bool = True
     """Lay several examples in a row, so that all batches have one shape: the step is compiled once, and little of it is
     padding. What a step learns is the same."""
@@ -67,6 +70,8 @@ class DataConfig:
         check_data(self.name)
         if self.source != DataConfig.source and self.name not in TASKS:
             raise ValueError(f"source={self.source!r} is for tasks ({', '.join(TASKS)}); a file is one. Leave it out.")
+        if self.validation is not None:
+            check_data(self.validation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +160,20 @@ class ScheduleConfig:
     """Parts that each batch is processed in, to save memory."""
     seed: int = 0
     """Of the adapters' start and the order of the data."""
+    eval_every: int | None = None
+    """Steps between two validations: loss, and accuracy of questions. With --keep-best, the adapter of the lowest
+    loss is the result."""
+    patience: int | None = None
+    """Validations in a row without a lower loss after which the run ends."""
 
     def __post_init__(self):
+        for name in ("eval_every", "patience"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name}={count} is below 1. Count from 1, or leave it out.")
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError(
+                f"patience={self.patience} counts validations, of which there are none. Give --eval-every."
+            )
         check_choice("schedule", self.schedule, SCHEDULES)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} is below 1. Leave it out to train for whole epochs.")
@@ -175,6 +192,16 @@ class RunConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: ExecutionConfig = field(default_factory=ExecutionConfig)
+
+    def __post_init__(self):
+        data, every = self.data, self.schedule.eval_every
+        if data.validation is not None and every is None:
+            raise ValueError(f"validation={data.validation!r} is scored by nothing. Give --eval-every too.")
+        if every is not None and not (data.validation or data.holdout or data.name in TASKS):
+            raise ValueError(
+                f"eval_every={every} needs something to validate on: give --validation FILE.jsonl, or --holdout with "
+                "the number of examples to keep out of training."
+            )
 
     @classmethod
     def of(cls, **options: Any) -> "RunConfig":

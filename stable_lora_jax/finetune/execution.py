@@ -13,6 +13,10 @@ from stable_lora_jax.training.sharding import AXES
 class ExecutionConfig:
     """How the run is carried out."""
 
+    config: Path | None = None
+    """A YAML file of options, one per line (`rank: 8`); options given here override the file's."""
+    print_config: bool = False
+    """Print every option as such a file, and end."""
     run_dir: Path | None = None
     """Where the run goes; runs/DATA-METHOD-SEED if not given."""
     resume: bool = False
@@ -30,8 +34,8 @@ class ExecutionConfig:
     keep: int = 2
     """Newest checkpoints kept."""
     keep_best: bool = False
-    """Keep the checkpoint of lowest training loss too (the mean since the one before); --resume takes it once the newer
-    ones are moved away."""
+    """With --eval-every, the adapter of the lowest validation loss is the result. Without, keep the checkpoint of the
+    lowest training loss (the mean since the one before) too; --resume takes it once the newer ones are moved away."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """How attention is computed: auto (cudnn where the device has it), xla or cudnn."""
     remat: bool = False

@@ -32,6 +32,7 @@ from stable_lora_jax.optim.hyperparameters import Number, check_range
 from stable_lora_jax.training import (
     RunDirectory,
     TrainResult,
+    Validation,
     is_first,
     join_processes,
     learning_rate_schedule,
@@ -66,7 +67,10 @@ def finetune(config: RunConfig) -> TrainResult:
     optimizer, rate = update_rule(config, total, *numbers)
     directory = RunDirectory(config.directory)
     seen, written = directory.last_start(), fingerprint(config)
+    validation = load_validation(config)
     data = {"total_steps": total, "examples_sha256": digest(examples)}
+    if validation:
+        data["validation_sha256"] = digest(validation.examples)
     asked = {"auto_resume": how.auto_resume, "overwrite": how.overwrite}
     resume = directory.resumes(written, data, resume=how.resume, **asked)
     # What several devices share would not fit the first of them whole, nor next to its part: it stays on the host, from
@@ -79,7 +83,8 @@ def finetune(config: RunConfig) -> TrainResult:
             remat=how.remat,
             attention=how.attention,
         )
-        check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
+        for each in (examples, validation.examples if validation else ()):
+            check_fits(each, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
         check_decoder(mesh, model)
         inject_lora(
             model,
@@ -114,6 +119,7 @@ def finetune(config: RunConfig) -> TrainResult:
             keep=how.keep,
             keep_best=how.keep_best,
             resume=resume,
+            validation=validation,
         )
         if is_first() and not result.stopped_by:
             save_adapter(directory.adapter, model, config.model.name)
@@ -139,6 +145,24 @@ def load_training_examples(config: RunConfig) -> list[Encoded]:
     if (moved := sum(example.moved for example in examples)) and is_first():
         print(f"{moved} of {len(examples)} answers begin within a token: that token is learnt as a part of the answer.")
     return [right_branch_only(example) for example in examples] if config.data.loss == "answer" else examples
+
+
+def load_validation(config: RunConfig) -> Validation | None:
+    """Returns what a run validates on; None if it does not.
+
+    Raises:
+      ValueError: there is nothing to validate on, or the loss does not suit it.
+    """
+    data, schedule = config.data, config.schedule
+    if schedule.eval_every is None:
+        return None
+    if data.validation is None and data.holdout:
+        _, items = training_items(config)
+    else:
+        name = data.validation or data.name
+        items = load_task(name, "validation", source=data.source) if name in TASKS else load_jsonl(name)
+    examples = encode_all(load_tokenizer(config.model.name), items, data.prompt_format)
+    return Validation(examples, data.loss, schedule.eval_every, schedule.patience)
 
 
 def training_batches(config: RunConfig, examples: Sequence[Encoded], mesh: Mesh | None = None) -> TrainBatches:

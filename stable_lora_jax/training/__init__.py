@@ -24,6 +24,7 @@ with needs("train"):
         train_step,
     )
     from stable_lora_jax.training.sweep import SweepPoint, SweepResult, compile_sweep_step, train_sweep
+    from stable_lora_jax.training.validation import Validated, Validation
 
 __all__ = [
     "LOGGERS",
@@ -43,6 +44,8 @@ __all__ = [
     "SweepResult",
     "TrainResult",
     "TrainState",
+    "Validated",
+    "Validation",
     "check_intervals",
     "check_logger",
     "checkpoints",

@@ -94,11 +94,18 @@ class Checkpoints:
         """Returns the step of the newest checkpoint, or None; one that is being saved counts."""
         return self._manager.latest_step()
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Returns the newest checkpoint, with the structure, dtypes and shardings of `like`.
+    def best_step(self) -> int | None:
+        """Returns the step of the checkpoint of lowest loss, None if none has one; waits for a save under way."""
+        with self._explained():
+            self._manager.wait_until_finished()
+        return self._manager.best_step()
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """Returns a checkpoint, with the structure, dtypes and shardings of `like`.
 
         Args:
           like: a state of the same model, adapters and optimizer.
+          step: of the checkpoint; the newest if None.
 
         Raises:
           ValueError: there is none, it belongs to something else than `like` (what differs is named), or it is damaged.
@@ -106,7 +113,7 @@ class Checkpoints:
         """
         with self._explained():
             self._manager.wait_until_finished()
-        step = self.latest_step()
+        step = self.latest_step() if step is None else step
         if step is None:
             raise ValueError(
                 f"There is no checkpoint to resume from in {self._directory}. Start again, replacing the run "

@@ -43,7 +43,16 @@ from stable_lora_jax.training.methods import STACK_AXES
 from stable_lora_jax.training.metrics import MetricsFile
 from stable_lora_jax.training.run_directory import RunDirectory
 from stable_lora_jax.training.sharding import batch_sharding, check_decoder, check_rows, make_mesh, replicated
-from stable_lora_jax.training.step import StepMetrics, TrainState, compile_step, init_state, place, split_model
+from stable_lora_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    compile_step,
+    init_state,
+    join_model,
+    place,
+    split_model,
+)
+from stable_lora_jax.training.validation import Validated, Validation
 
 
 class NonFiniteLossError(RuntimeError):
@@ -52,12 +61,23 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended: steps done and in all, the signal that stopped it early if any, and the last step's loss."""
+    """How training ended.
+
+    Attributes:
+      steps: done.
+      total_steps: of the whole run.
+      stopped_by: the signal that stopped it early, if one did.
+      loss: of the last step; None if there was none.
+      validation: the last validation; None without.
+      best_step: the step whose adapters the model holds; another than the last where the best ones are kept.
+    """
 
     steps: int
     total_steps: int
     stopped_by: signal.Signals | None
     loss: float | None
+    validation: Validated | None = None
+    best_step: int | None = None
 
 
 def train(
@@ -78,6 +98,7 @@ def train(
     loggers: Sequence[str] = (),
     resume: bool = False,
     progress: bool = True,
+    validation: Validation | None = None,
 ) -> TrainResult:
     """Trains the adapters inside `model`, in place, and returns how it ended.
 
@@ -98,11 +119,13 @@ def train(
       norms_every: steps between two records of all pairs' norms, and of what the step added (`update_terms`).
       save_every: steps between two checkpoints.
       keep: newest checkpoints kept.
-      keep_best: keep the checkpoint of lowest loss too, meaned over the steps since the one before it. After a run
-        that went wrong, it is the one from before.
+      keep_best: keep the checkpoint of lowest loss too. With `validation` that is its loss, there is a checkpoint at
+        every validation, and the model gets the adapters of the best one in the end. Without, it is the training loss,
+        meaned over the steps since the checkpoint before; after a run that went wrong, it is the one from before.
       loggers: what gets the metrics besides the file, by name; see `LOGGERS`.
       resume: continue from the newest checkpoint in `run_dir`.
       progress: show a progress bar, in the first process.
+      validation: examples to validate on, how often, and when to end by it.
 
     Raises:
       NonFiniteLossError: see above.
@@ -131,6 +154,8 @@ def train(
                 "give a new directory."
             )
         start, stopped_by = int(state.step), None
+        before_start = [line for line in directory.metrics() if line["step"] <= start] if start else []
+        validated = [line["validation"]["loss"] for line in before_start if "validation" in line]
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
         told_to_stop = max_across_processes(mesh)
         rows = BatchRows(batches, local_rows(by_rows, batches.num_rows))
@@ -147,7 +172,8 @@ def train(
             record = _Record(files, bar, _rates(learning_rate, total_steps), check, _flags(state.opt_state))
             if not start:
                 record.norms(state)
-            for index, batch in prefetch(rows, start, total_steps):
+            last_step = start if validation and validation.is_over(validated) else total_steps
+            for index, batch in prefetch(rows, start, last_step):
                 recorded = (index + 1) % norms_every == 0 or index + 1 == total_steps
                 before = jax.tree.map(jnp.copy, state.adapters) if recorded else None
                 state, metrics = step(state, frozen, rows_to_mesh(batch, by_rows, batches.num_rows))
@@ -155,17 +181,27 @@ def train(
                 saved.check()
                 if before is not None:
                     record.norms(state, before)
+                if validation and ((index + 1) % validation.every == 0 or index + 1 == total_steps):
+                    now = record.validate(index + 1, validation, join_model(graph, state.adapters, frozen))
+                    validated.append(now.loss)
+                    if keep_best:
+                        saved.save(state, now.loss)
+                    if validation.is_over(validated):
+                        break
                 if (index + 1) % save_every == 0 and index + 1 < total_steps:
-                    saved.save(state, record.mean_loss())
+                    saved.save(state, None if validation else record.mean_loss())
                 number = told_to_stop(received[0] if received else 0)
                 if number and index + 1 < total_steps:
                     stopped_by = signal.Signals(number)
                     break
             mean_loss = record.mean_loss()
-        saved.save(state, mean_loss)
+        saved.save(state, None if validation else mean_loss)
+        steps, best = int(state.step), None
+        if validation and keep_best and not stopped_by and (best := saved.best_step()) not in (None, steps):
+            state = saved.restore(state, best)
     # Back to where they came from: the rest of the model never moved to the mesh.
     nnx.update(model, jax.device_put(jax.device_get(state.adapters), jax.tree.map(lambda x: x.sharding, adapters)))
-    return TrainResult(int(state.step), total_steps, stopped_by, record.loss)
+    return TrainResult(steps, total_steps, stopped_by, record.loss, record.validated, best or steps)
 
 
 def check_intervals(**steps: int) -> None:
@@ -205,6 +241,7 @@ class _Record:
     check: Callable[[int, float, float, float], None]
     _stable: dict[str, np.ndarray]
     loss: float | None = None
+    validated: Validated | None = None
     _waiting: tuple[int, StepMetrics, int] | None = None
     _last: float = field(default_factory=time.perf_counter)
     _losses: list[float] = field(default_factory=list)
@@ -242,8 +279,18 @@ class _Record:
             pairs=pairs,
         )
         told = {"stable pairs": f"{stable}/{pairs}"} if pairs else {}
+        if self.validated:
+            told["validation"] = f"{self.validated.loss:.3f}"
         self.bar.set_postfix({"loss": f"{self.loss:.3f}", "tok/s": f"{rate:.0f}", **told}, refresh=False)
         self.bar.update()
+
+    def validate(self, step: int, validation: Validation, model: Decoder) -> Validated:
+        """Validates the model of a step, writes what was measured, and returns it."""
+        self.flush()
+        self.validated = found = validation.measure(model)
+        self._write(step=step, validation={name: value for name, value in found._asdict().items() if value is not None})
+        self._last = time.perf_counter()
+        return found
 
     def _write(self, **values: object) -> None:
         for file in self.files:

@@ -4,7 +4,8 @@ Lines: ``{"step", "loss", "grad_norm", "update_norm", "learning_rate", "tokens_p
 step; ``{"step", "pair", "index", "stable": true}`` when a matrix becomes stable; ``{"step", "norms": {pair: {norm_a,
 norm_b, gap, delta_1, delta_2, delta_3}}}`` every few steps, each a list over the matrices of a stack (the last three,
 see `update_terms`, only after a step), and with LoRA-RITE ``{"step", "lora_rite": {clip_factor, skipped_a,
-skipped_b}}``. What is not finite (the gap while B = 0) is null.
+skipped_b}}``; ``{"step", "validation": {"loss", "accuracy"}}`` at every validation, the accuracy of questions alone.
+What is not finite (the gap while B = 0) is null.
 """
 
 import json

@@ -59,6 +59,33 @@ def test_a_running_run(watched, tmp_path, capsys):
     assert "no run directory" in capsys.readouterr().err
 
 
+def test_several_runs_are_compared(watched, model_dir, data_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    other = tmp_path / "other"
+    command = ["train", "--model", model_dir, "--data", data_file, "--rank", 2, "--steps", 4, "--run-dir", other]
+    command += ["--method", "adamw", "--batch-size", 4, "--holdout", 3, "--eval-every", 2, "--keep-best"]
+    assert main([str(x) for x in command]) == 0
+    (tmp_path / "empty").mkdir()
+    runs = [str(watched), str(other), str(tmp_path / "empty")]
+    assert main(["watch", *runs, "--once", "--html", str(tmp_path / "no.html")]) == 0
+    told = capsys.readouterr().out
+    rows = {name: next(line for line in told.splitlines() if line.startswith(name)) for name in ("watched", "other")}
+    assert "12/12" in rows["watched"]
+    lines = [line for line in read_metrics(other / "metrics.jsonl") if "validation" in line]
+    best = min(lines, key=lambda line: line["validation"]["loss"])
+    assert [line["step"] for line in lines] == [2, 4]
+    assert f"{best['validation']['loss']:.4f}" in rows["other"]
+    assert not (tmp_path / "no.html").exists()  # one of them has nothing to show yet
+    assert main(["watch", *runs[:2], "--once", "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 3
+    assert "<h1>other</h1>" in page
+    assert f"lowest {best['validation']['loss']:.4f} at step {best['step']}" in page
+    capsys.readouterr()
+    assert main(["watch", str(other), "--once"]) == 0
+    assert f"validation {lines[-1]['validation']['loss']:.4f}, accuracy" in " ".join(capsys.readouterr().out.split())
+
+
 def test_it_follows_a_run_to_its_end(watched, tmp_path, monkeypatch):
     run, file, seen = tmp_path / "run", tmp_path / "page.html", []
     run.mkdir()
