@@ -55,7 +55,7 @@ def report(results: Path) -> str:
         return ""
     draw(results / "small_decoder.png", valleys)
     minutes = sum(line["seconds"] for line in lines) / 60
-    made = ", ".join(dict.fromkeys(f"{line['machine']['cpu']} at {line['commit']}" for line in lines))
+    made = " and ".join(sorted({line["machine"]["cpu"] for line in lines}))
     return f"{text}{LEGEND}\nMeasured on {made}, {minutes:.0f} minutes.\n\n![nats over the rate](small_decoder.png)\n"
 
 

@@ -10,10 +10,10 @@ answers:
     targets    a0 a1 a2 | b0 b1
 
 A branch's first token is predicted at the last prefix token, and its last token predicts nothing, so k tokens take
-k - 1 places. A second question in the row begins behind the first, with positions and segments anew, and `documents`
-tells them apart. Token i sees token j where j <= i, documents[j] == documents[i] and (segments[j] == segments[i] or
-segments[j] == 0). Padding stands last and is a document of its own, so no token sees it but padding, which sees itself
-(no softmax is empty).
+k - 1 places. Where not all tokens of a branch are learnt, only those that are have a target. A second question in the
+row begins behind the first, with positions and segments anew, and `documents` tells them apart. Token i sees token j
+where j <= i, documents[j] == documents[i] and (segments[j] == segments[i] or segments[j] == 0). Padding stands last and
+is a document of its own, so no token sees it but padding, which sees itself (no softmax is empty).
 
 T and P are padded up to `bucket` sizes, so the number of compiled shapes is bounded.
 """
@@ -162,11 +162,13 @@ def _fill(batch: Batch, row: int, document: int, example: Encoded, token: int, t
         batch.tokens[row, inputs] = tokens[:-1]
         batch.positions[row, inputs] = np.arange(prefix_length, prefix_length + len(tokens) - 1)
         batch.segments[row, inputs] = index + 1
-        batch.read_at[row, first] = last
-        batch.read_at[row, first + 1 : first + len(tokens)] = np.arange(inputs.start, inputs.stop)
-        batch.targets[row, first : first + len(tokens)] = tokens
-        batch.branch[row, first : first + len(tokens)] = index
-        start, first = inputs.stop, first + len(tokens)
+        learnt = slice(None) if example.learnt is None else np.array(example.learnt)
+        told = np.array(tokens)[learnt]
+        places = slice(first, first + len(told))
+        batch.read_at[row, places] = np.array([last, *range(inputs.start, inputs.stop)])[learnt]
+        batch.targets[row, places] = told
+        batch.branch[row, places] = index
+        start, first = inputs.stop, places.stop
 
 
 class TrainBatches:

@@ -6,7 +6,7 @@ A template is a small program from outside. Whatever it does wrong ends in one m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,9 +23,10 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     template: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,
 ) -> str:
     """Returns the conversation as the text that the model was trained on, special tokens included.
@@ -34,16 +35,18 @@ def render_chat(
         tokenizer: from `load_tokenizer`.
         messages: `{"role": ..., "content": ...}` each.
         template: which of several named templates; None takes the only one, or the one called "default".
+        tools: descriptions of functions that the assistant may call.
         add_generation_prompt: whether the text ends where the assistant begins to speak.
 
     Raises:
         ChatTemplateError: no template, none of that name, several and none chosen, or one that fails or gives no text.
     """
-    source = _chosen(tokenizer, template)
+    source = chosen_template(tokenizer, template)
     called = f"the chat template{f' {template!r}' if template else ''} of {tokenizer.name_or_path or 'the tokenizer'}"
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
             chat_template=source,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -61,7 +64,18 @@ def render_chat(
     return text
 
 
-def _chosen(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> int | None:
+    """Returns the special token that ends what the assistant says, None if the template has none; see `render_chat`."""
+    said = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    text = render_chat(tokenizer, said, template=template, add_generation_prompt=False)
+    behind = tokenizer.encode(text[text.rindex("2") + 1 :], add_special_tokens=False) if "2" in text else []
+    has_added: Any = tokenizer
+    special = {*tokenizer.all_special_ids, *has_added.get_added_vocab().values()}
+    return behind[0] if behind and behind[0] in special else None
+
+
+def chosen_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """Returns the source of a tokenizer's chat template; arguments and errors as in `render_chat`."""
     templates = tokenizer.chat_template
     if not templates:
         raise ChatTemplateError(

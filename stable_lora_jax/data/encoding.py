@@ -19,7 +19,8 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stable_lora_jax.data.jsonl import Completion
+from stable_lora_jax.data.conversations import encode_conversations
+from stable_lora_jax.data.jsonl import Completion, Conversation
 from stable_lora_jax.data.prompts import format_question
 from stable_lora_jax.data.tasks import Question
 
@@ -39,6 +40,8 @@ class Encoded:
         branches: the answers, at least one, each of at least one token.
         answer: index of the right branch.
         moved: whether the branches begin before the answer's text does, as a token spans the boundary.
+        learnt: which tokens of the only branch are learnt, where others stand between them, as in a conversation; None:
+            all are.
 
     Raises:
         ValueError: an empty prefix or branch, no branch, or an answer that is not a branch.
@@ -48,8 +51,17 @@ class Encoded:
     branches: tuple[tuple[int, ...], ...]
     answer: int
     moved: bool = dataclasses.field(default=False, compare=False)
+    learnt: tuple[bool, ...] | None = None
 
     def __post_init__(self):
+        if self.learnt is not None:
+            if len(self.branches) != 1 or len(self.learnt) != len(self.branches[0]) or not any(self.learnt):
+                raise ValueError(
+                    f"got learnt={self.learnt!r} for branches of {[len(branch) for branch in self.branches]} tokens; "
+                    "it says of each token of a single branch whether it is learnt, and one must be. Correct it."
+                )
+            if all(self.learnt):
+                object.__setattr__(self, "learnt", None)
         sizes = [len(branch) for branch in self.branches]
         if not self.prefix or not all(sizes) or not 0 <= self.answer < len(sizes):
             raise ValueError(
@@ -64,14 +76,19 @@ class Encoded:
         return len(self.prefix) + sum(map(len, self.branches)) - len(self.branches)
 
     @property
+    def target_counts(self) -> tuple[int, ...]:
+        """Predicted tokens of each branch."""
+        return tuple(map(len, self.branches)) if self.learnt is None else (sum(self.learnt),)
+
+    @property
     def num_targets(self) -> int:
         """Predicted tokens: those of all branches."""
-        return sum(map(len, self.branches))
+        return sum(self.target_counts)
 
 
 def right_branch_only(encoded: Encoded) -> Encoded:
     """The same example with the right answer as its only branch, for training on the answer's tokens."""
-    return Encoded(encoded.prefix, (encoded.branches[encoded.answer],), 0)
+    return Encoded(encoded.prefix, (encoded.branches[encoded.answer],), 0, learnt=encoded.learnt)
 
 
 def digest(examples: Sequence[Encoded]) -> str:
@@ -80,6 +97,8 @@ def digest(examples: Sequence[Encoded]) -> str:
     for example in examples:
         for numbers in ((len(example.branches), example.answer), example.prefix, *example.branches):
             total.update(array("q", (len(numbers), *numbers)))
+        if example.learnt is not None:
+            total.update(array("q", example.learnt))
     return total.hexdigest()
 
 
@@ -101,9 +120,14 @@ def check_fits(examples: Sequence[Encoded], *, vocab_size: int, max_positions: i
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[Question] | Sequence[Completion], prompt_format: str = "cloze"
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Question] | Sequence[Completion] | Sequence[Conversation],
+    prompt_format: str = "cloze",
+    template: str | None = None,
 ) -> list[Encoded]:
     """All items as token numbers, tokenized in one batch (see the module for where a prefix ends).
+
+    Of conversations, which are texts by a chat template, the assistant's tokens are learnt; see `conversations`.
 
     Prefixes begin with the beginning-of-sequence token where the tokenizer itself adds one (Llama does, SmolLM2
     does not). A question's branches have no end token: they are compared, not generated. A completion is a single
@@ -111,18 +135,23 @@ def encode_all(
 
     Args:
         tokenizer: from `load_tokenizer`.
-        items: questions, or completions (which have no format).
+        items: questions, completions (which have no format), or conversations.
         prompt_format: `cloze` or `letter`.
+        template: the chat template of conversations, where the tokenizer has several.
 
     Raises:
         ValueError: unknown format; an empty prompt or completion; a prompt of which nothing is left for a prefix; a
             completion where the tokenizer has no end-of-sequence token.
     """
+    conversations = [item for item in items if isinstance(item, Conversation)]
+    if conversations:
+        return [Encoded(*found) for found in encode_conversations(tokenizer, conversations, template)]
+    others = [item for item in items if not isinstance(item, Conversation)]
     texts = [
         (item.prompt, [item.completion]) if isinstance(item, Completion) else format_question(item, prompt_format)
-        for item in items
+        for item in others
     ]
-    for item, (prompt, answers) in zip(items, texts, strict=True):
+    for item, (prompt, answers) in zip(others, texts, strict=True):
         if not prompt or not all(answers):
             raise ValueError(
                 f"{_called(item)} has the prompt {prompt!r} and the answers {answers!r}; each needs a text of at least "
@@ -132,7 +161,7 @@ def encode_all(
     joined = iter(_tokenize(tokenizer, [prompt + answer for prompt, answers in texts for answer in answers]))
     begin = _begin_tokens(tokenizer)
     encoded = []
-    for item, (prompt, answers), (prompt_tokens, _) in zip(items, texts, alone, strict=True):
+    for item, (prompt, answers), (prompt_tokens, _) in zip(others, texts, alone, strict=True):
         rows = [next(joined) for _ in answers]
         shared = _shared_prefix(rows, prompt_tokens, len(prompt))
         prefix, branches = rows[0][0][:shared], [tokens[shared:] for tokens, _ in rows]

@@ -1,4 +1,4 @@
-"""Your own data: one JSON object per line, either questions with choices or prompts with a completion."""
+"""Your own data: one JSON object per line: questions with choices, prompts with a completion, or conversations."""
 
 import dataclasses
 import gzip
@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from stable_lora_jax.data.tasks import Question
 
@@ -26,18 +26,39 @@ class Completion:
     id: str = dataclasses.field(default="", compare=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns of a conversation, of which the assistant's are learnt; what they look like is the chat template's.
+
+    Args:
+        messages: `{"role": ..., "content": ...}` each, with what else the template reads (tool_calls, name, ...).
+        tools: descriptions of functions that the assistant may call, as the template takes them.
+        id: what messages call it; the line number of a file.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    id: str = dataclasses.field(default="", compare=False)
+
+
+Item: TypeAlias = Question | Completion | Conversation
+
 _FIELDS = {
     Question: {"question": str, "choices": list, "answer_index": int},
     Completion: {"prompt": str, "completion": str},
+    Conversation: {"messages": list},
 }
 _KINDS = " or ".join("{" + ", ".join(fields) + "}" for fields in _FIELDS.values())
+# What a message may hold beside its role and content; templates read them.
+_OF_MESSAGES = {"name", "tool_calls", "tool_call_id", "reasoning_content", "thinking"}
 
 
-def load_jsonl(path: str | Path) -> list[Question] | list[Completion]:
-    """The questions or the completions of a `.jsonl` or `.jsonl.gz` file, UTF-8, all of one kind.
+def load_jsonl(path: str | Path) -> list[Question] | list[Completion] | list[Conversation]:
+    """The questions, completions or conversations of a `.jsonl` or `.jsonl.gz` file, UTF-8, all of one kind.
 
-    A line is `{"question": str, "choices": [str, str, ...], "answer_index": int}` or
-    `{"prompt": str, "completion": str}`. Blank lines are skipped. A question's id is its line number.
+    A line is `{"question": str, "choices": [str, str, ...], "answer_index": int}`,
+    `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, ...]}`, the last with
+    `"tools": [...]` if the assistant has some. Blank lines are skipped. An item's id is its line number.
 
     Raises:
         ValueError: an empty or cut file, or a line that is not as above; it names the file, the line and the reason.
@@ -62,6 +83,37 @@ def load_jsonl(path: str | Path) -> list[Question] | list[Completion]:
     return items
 
 
+def load_prompts(path: str | Path) -> list[str | list[dict[str, Any]]]:
+    """The prompts of a file: one per line, or of a `.jsonl` file texts or conversations that wait for an answer.
+
+    Raises:
+        ValueError: no prompt, or a line of a .jsonl file that is neither {"prompt": str} nor {"messages": [...]}.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        prompts: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        prompts = []
+        for number, line in enumerate(_lines(path), 1):
+            try:
+                record = _record(line) if line.strip() else None
+                if record is None:
+                    continue
+                if "messages" in record and isinstance(record["messages"], list) and record["messages"]:
+                    _check_turns(record["messages"])
+                elif not isinstance(record.get("prompt"), str) or not record["prompt"]:
+                    raise ValueError("it has neither a prompt nor messages")
+            except ValueError as error:
+                raise ValueError(
+                    f'{path}, line {number}: {error}. A line is {{"prompt": "..."}} or {{"messages": [...]}}.'
+                ) from error
+            prompts.append(record.get("messages") or record["prompt"])
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt. Write one per line.")
+    return prompts
+
+
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
@@ -70,7 +122,11 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path} is no whole gzip file ({error}). Copy it again, or pack it again.") from error
 
 
-def _parse(line: bytes, number: int) -> Question | Completion:
+def _parse(line: bytes, number: int) -> Item:
+    return item_of(_record(line), str(number))
+
+
+def _record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line, object_pairs_hook=_without_duplicates)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -78,13 +134,33 @@ def _parse(line: bytes, number: int) -> Question | Completion:
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, not an object")
     json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    return record
+
+
+def item_of(record: dict[str, Any], name: str) -> Item:
+    """The question, completion or conversation in a record.
+
+    Args:
+        record: its fields, as in a line of a file.
+        name: the item's id.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type.
+    """
+    if "messages" in record:
+        tools = record.get("tools") or []
+        _check_fields({key: value for key, value in record.items() if key != "tools"}, _FIELDS[Conversation])
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise ValueError(f"tools is {tools!r}, not a list of objects")
+        _check_messages(record["messages"])
+        return Conversation(tuple(record["messages"]), tuple(tools), name)
     kind = Question if record.keys() & _FIELDS[Question] else Completion
     _check_fields(record, _FIELDS[kind])
     if kind is Completion:
-        return Completion(**record, id=str(number))
+        return Completion(**record, id=name)
     _check_choices(record["choices"], record["answer_index"])
     choices = tuple(choice.strip() for choice in record["choices"])
-    return Question(str(number), record["question"].strip(), choices, record["answer_index"])
+    return Question(name, record["question"].strip(), choices, record["answer_index"])
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -107,6 +183,23 @@ def _check_fields(record: dict[str, Any], fields: dict[str, type]) -> None:
             raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
         if kind is str and not value.strip():
             raise ValueError(f"{name} is empty")
+
+
+def _check_messages(messages: list[Any]) -> None:
+    _check_turns(messages)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no message is the assistant's, so there is nothing to learn")
+
+
+def _check_turns(messages: list[Any]) -> None:
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {index} is {message!r}, not an object with a role")
+        if unknown := sorted(message.keys() - _OF_MESSAGES - {"role", "content"}):
+            raise ValueError(f"message {index} has the unknown field {', '.join(unknown)}")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise ValueError(f"message {index} has the content {content!r}; texts alone can be learnt")
 
 
 def _check_choices(choices: list[Any], answer: int) -> None:

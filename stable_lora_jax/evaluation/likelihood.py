@@ -138,7 +138,7 @@ def evaluate(
     check_fits(examples, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
     graph, state = nnx.split(nnx.view(model, deterministic=True, raise_if_not_found=False))
     sums: list[np.ndarray] = [np.empty(0)] * len(examples)
-    counts = [np.array([len(branch) for branch in example.branches]) for example in examples]
+    counts = [np.array(example.target_counts) for example in examples]
     batches = eval_batches(examples, max_tokens=max_tokens)
     with tqdm(total=len(examples), desc="evaluate", unit="question", disable=not progress) as bar:
         for indices, batch in batches:

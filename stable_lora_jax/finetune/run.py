@@ -11,17 +11,21 @@ from jax.sharding import Mesh
 
 from stable_lora_jax.data import (
     TASKS,
-    Completion,
+    Conversation,
     Encoded,
     PackedBatches,
+    Question,
     TrainBatches,
     check_fits,
     digest,
     encode_all,
+    fit,
     hold_out,
+    load_hub,
     load_jsonl,
     load_task,
     load_tokenizer,
+    parse_columns,
     right_branch_only,
 )
 from stable_lora_jax.finetune.config import RunConfig, fingerprint
@@ -57,7 +61,8 @@ def finetune(config: RunConfig) -> TrainResult:
     processes = (how.coordinator, how.processes, how.process_id)
     if how.distributed or processes != (None, None, None):
         join_processes(*processes, heartbeat_timeout=how.heartbeat_timeout)
-    examples = load_training_examples(config)
+    items, _ = training_items(config)
+    examples = encode_training_items(config, items)
     sizes = parse_mesh(how.mesh)
     mesh = make_mesh(*(sizes.get(axis, 1) for axis in AXES))
     check_rows(mesh, schedule.batch_size, schedule.accumulate)
@@ -69,6 +74,8 @@ def finetune(config: RunConfig) -> TrainResult:
     seen, written = directory.last_start(), fingerprint(config)
     validation = load_validation(config)
     data = {"total_steps": total, "examples_sha256": digest(examples)}
+    if isinstance(items[0], Conversation):
+        data["form"] = "chat"  # what the model is to be asked in
     if validation:
         data["validation_sha256"] = digest(validation.examples)
     asked = {"auto_resume": how.auto_resume, "overwrite": how.overwrite}
@@ -130,21 +137,38 @@ def finetune(config: RunConfig) -> TrainResult:
 def training_items(config: RunConfig) -> tuple[list[Any], list[Any]]:
     """Returns the questions or completions that are trained on, and those that are kept out."""
     data = config.data
-    items = load_task(data.name, "train", source=data.source) if data.name in TASKS else load_jsonl(data.name)
+    items = load_items(config, data.name, "train")
     return hold_out(items, data.holdout) if data.holdout else (list(items), [])
+
+
+def load_items(config: RunConfig, name: str, split: str) -> Sequence[Any]:
+    """Returns the questions, completions or conversations of a task, a file (of which all) or a data set of the hub."""
+    if name in TASKS:
+        return load_task(name, split, source=config.data.source)
+    return load_hub(name, split, parse_columns(config.data.map)) if name.startswith("hub:") else load_jsonl(name)
 
 
 def load_training_examples(config: RunConfig) -> list[Encoded]:
     """Returns the training data as token numbers, with the branches that the loss needs."""
-    items, _ = training_items(config)
-    if config.data.loss == "choices" and isinstance(items[0], Completion):
-        raise ValueError(
-            f"loss='choices' compares answers; {config.data.name} contains completions. Leave --loss out for them."
-        )
-    examples = encode_all(load_tokenizer(config.model.name), items, config.data.prompt_format)
+    return encode_training_items(config, training_items(config)[0])
+
+
+def encode_training_items(config: RunConfig, items: Sequence[Any]) -> list[Encoded]:
+    """Returns questions, completions or conversations as token numbers, with the branches that the loss needs."""
+    data = config.data
+    if data.loss == "choices" and not isinstance(items[0], Question):
+        kind = f"{type(items[0]).__name__.lower()}s"
+        raise ValueError(f"loss='choices' compares answers; {data.name} contains {kind}. Leave --loss out for them.")
+    examples = encode_all(load_tokenizer(config.model.name), items, data.prompt_format, data.template)
     if (moved := sum(example.moved for example in examples)) and is_first():
         print(f"{moved} of {len(examples)} answers begin within a token: that token is learnt as a part of the answer.")
-    return [right_branch_only(example) for example in examples] if config.data.loss == "answer" else examples
+    if data.loss == "answer":
+        examples = [right_branch_only(example) for example in examples]
+    examples, changed = fit(examples, data.max_length, data.too_long)
+    if changed and is_first():
+        done = "left out" if data.too_long == "skip" else "cut at their beginning"
+        print(f"{changed} of {len(items)} examples take more than {data.max_length} tokens and are {done}.")
+    return examples
 
 
 def load_validation(config: RunConfig) -> Validation | None:
@@ -159,9 +183,8 @@ def load_validation(config: RunConfig) -> Validation | None:
     if data.validation is None and data.holdout:
         _, items = training_items(config)
     else:
-        name = data.validation or data.name
-        items = load_task(name, "validation", source=data.source) if name in TASKS else load_jsonl(name)
-    examples = encode_all(load_tokenizer(config.model.name), items, data.prompt_format)
+        items = load_items(config, data.validation or data.name, "validation")
+    examples = encode_all(load_tokenizer(config.model.name), items, data.prompt_format, data.template)
     return Validation(examples, data.loss, schedule.eval_every, schedule.patience)
 
 

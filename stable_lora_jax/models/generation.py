@@ -1,4 +1,4 @@
-"""Greedy and temperature sampling with a key-value cache.
+"""Generation with a key-value cache: the likeliest tokens, or sampled ones.
 
 Prompts are padded on the right to a power of two, so that calls of similar length share one compilation. Adapters are
 welcome: any model whose layers still answer like a `Decoder` generates. Dropout is switched off for the generation.
@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,15 @@ class _State:
     key: Key[Array, ""]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Sampling:
+    """How tokens are drawn: temperature, and (k, p) where few of them are drawn from."""
+
+    temperature: Any  # float, or an array where it is traced
+    cut: tuple[Any, Any] | None  # (top_k, top_p)
+
+
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -39,6 +49,8 @@ def generate(
     max_new_tokens: int,
     eos_id: int | None = None,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     key: Key[Array, ""] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, without the prompt and without the end token.
@@ -49,11 +61,14 @@ def generate(
         max_new_tokens: most tokens to add to each prompt.
         eos_id: the token that ends an answer; None never ends early.
         temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
+        top_k: draw from the k most likely tokens only (and those as likely as the last of them).
+        top_p: draw from the fewest tokens only whose probabilities, at that temperature and after top_k, sum to at
+            least this; in (0, 1].
         key: from `jax.random.key`; needed iff temperature > 0.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, a length beyond the model's positions, a bad
-            temperature or a missing key.
+        ValueError: an empty prompt, a token outside the vocabulary, a length beyond the model's positions, a number
+            out of its range or a missing key.
 
     Examples:
         >>> from stable_lora_jax.models import generate, load_model
@@ -62,12 +77,10 @@ def generate(
         [[7042, 30]]
     """
     tokens, lengths = _pad(model, prompts, max_new_tokens)
-    key = _checked_key(temperature, key)
+    key, how = _checked(temperature, top_k, top_p, key)
     graph, params = nnx.split(model)
     end = -1 if eos_id is None else eos_id
-    answers = np.asarray(
-        _generate(graph, params, tokens, lengths, key, temperature, end, steps=max_new_tokens, greedy=temperature == 0)
-    ).tolist()
+    answers = np.asarray(_generate(graph, params, tokens, lengths, key, how, end, steps=max_new_tokens)).tolist()
     return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
 
@@ -78,20 +91,22 @@ def stream(
     max_new_tokens: int,
     eos_id: int | None = None,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Iterator[int]:
     """The same tokens as `generate` for one prompt, each as soon as it is known; arguments and errors as there."""
     tokens, lengths = _pad(model, [prompt], max_new_tokens)
-    key = _checked_key(temperature, key)
+    key, how = _checked(temperature, top_k, top_p, key)
     graph, params = nnx.split(model)
-    slots, greedy = tokens.shape[1] + max_new_tokens, temperature == 0
+    slots = tokens.shape[1] + max_new_tokens
 
     # A generator of its own, so that the errors above come with the call and not with the first token.
     def answer() -> Iterator[int]:
-        state = _start(graph, params, tokens, lengths, key, temperature, slots=slots, greedy=greedy)
+        state = _start(graph, params, tokens, lengths, key, how, slots=slots)
         for step in range(max_new_tokens):
             if step:
-                state = _advance(graph, params, state, temperature, greedy=greedy)
+                state = _advance(graph, params, state, how)
             token = int(state.tokens[0])
             if token == eos_id:
                 return
@@ -127,19 +142,40 @@ def _pad(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
     return tokens, lengths
 
 
-def _checked_key(temperature: float, key: Key[Array, ""] | None) -> Key[Array, ""]:
+def _checked(
+    temperature: float, top_k: int | None, top_p: float | None, key: Key[Array, ""] | None
+) -> tuple[Key[Array, ""], _Sampling | None]:
+    """Returns the key, and how tokens are drawn; None for the likeliest."""
     if not 0 <= temperature < math.inf or (temperature > 0) != (key is not None):
         raise ValueError(
             f"generate: temperature={temperature} with key={key}; allowed are temperature 0 without a key and a "
             "positive, finite temperature with one; pass key=jax.random.key(seed) to sample, or neither for greedy."
         )
-    return jax.random.key(0) if key is None else key
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"generate: top_k={top_k}, top_p={top_p}; allowed are top_k from 1 and top_p in (0, 1].")
+    if key is None and (top_k, top_p) != (None, None):
+        raise ValueError(
+            f"generate: top_k={top_k}, top_p={top_p} choose what is drawn from, and temperature 0 draws nothing; give "
+            "a temperature above 0, or leave them out."
+        )
+    if key is None:
+        return jax.random.key(0), None
+    cut = None if (top_k, top_p) == (None, None) else (top_k or 2**31 - 1, 1.0 if top_p is None else top_p)
+    return key, _Sampling(temperature=temperature, cut=cut)
 
 
-def _choose(logits: Float[Array, "batch vocab"], key: Key[Array, ""], temperature: Float[Array, ""], greedy: bool):
-    if greedy:
+def _choose(logits: Float[Array, "batch vocab"], key: Key[Array, ""], how: _Sampling | None) -> Int[Array, " batch"]:
+    if how is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
+    logits = logits / how.temperature
+    if how.cut is not None:
+        top_k, top_p = how.cut
+        falling = -jnp.sort(-logits, axis=-1)
+        falling = jnp.where(jnp.arange(logits.shape[-1]) < top_k, falling, -jnp.inf)
+        before = jnp.cumsum(jax.nn.softmax(falling, axis=-1), axis=-1) - jax.nn.softmax(falling, axis=-1)
+        least = jnp.min(jnp.where((before < top_p) & (falling > -jnp.inf), falling, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
 def _evaluating(graph: nnx.GraphDef, params: nnx.State) -> Decoder:
@@ -149,8 +185,8 @@ def _evaluating(graph: nnx.GraphDef, params: nnx.State) -> Decoder:
     return model
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "slots", "greedy"))
-def _start(graph, params, tokens, lengths, key, temperature, *, slots: int, greedy: bool) -> _State:
+@functools.partial(jax.jit, static_argnames=("graph", "slots"))
+def _start(graph, params, tokens, lengths, key, how, *, slots: int) -> _State:
     """Reads the prompts and chooses the first new token of each."""
     model = _evaluating(graph, params)
     batch, length = tokens.shape
@@ -158,24 +194,24 @@ def _start(graph, params, tokens, lengths, key, temperature, *, slots: int, gree
     hidden, cache = model.extend(tokens, positions, init_cache(model.config, batch, slots, model.dtype))
     key, subkey = jax.random.split(key)
     last = model.logits(hidden[jnp.arange(batch), lengths - 1])
-    return _State(tokens=_choose(last, subkey, temperature, greedy), positions=lengths, cache=cache, key=key)
+    return _State(tokens=_choose(last, subkey, how), positions=lengths, cache=cache, key=key)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "greedy"), donate_argnames="state")
-def _advance(graph, params, state: _State, temperature, *, greedy: bool) -> _State:
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="state")
+def _advance(graph, params, state: _State, how) -> _State:
     """Reads the newest tokens and chooses the next."""
     model = _evaluating(graph, params)
     hidden, cache = model.extend(state.tokens[:, None], state.positions[:, None], state.cache)
     key, subkey = jax.random.split(state.key)
-    tokens = _choose(model.logits(hidden[:, 0]), subkey, temperature, greedy)
+    tokens = _choose(model.logits(hidden[:, 0]), subkey, how)
     return _State(tokens=tokens, positions=state.positions + 1, cache=cache, key=key)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "steps", "greedy"))
-def _generate(graph, params, tokens, lengths, key, temperature, end, *, steps: int, greedy: bool):
+@functools.partial(jax.jit, static_argnames=("graph", "steps"))
+def _generate(graph, params, tokens, lengths, key, how, end, *, steps: int):
     """Up to `steps` tokens per row, filled with `end` after the first `end`; stops when all rows have ended."""
     slots = tokens.shape[1] + steps
-    state = _start(graph, params, tokens, lengths, key, temperature, slots=slots, greedy=greedy)
+    state = _start(graph, params, tokens, lengths, key, how, slots=slots)
     answers = jnp.full((tokens.shape[0], steps), end, jnp.int32).at[:, 0].set(state.tokens)
 
     def unfinished(loop):
@@ -184,7 +220,7 @@ def _generate(graph, params, tokens, lengths, key, temperature, end, *, steps: i
 
     def one_more(loop):
         step, state, answers = loop
-        state = _advance(graph, params, state, temperature, greedy=greedy)
+        state = _advance(graph, params, state, how)
         return step + 1, state, answers.at[:, step].set(state.tokens)
 
     return jax.lax.while_loop(unfinished, one_more, (1, state, answers))[2]

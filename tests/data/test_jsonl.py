@@ -58,7 +58,8 @@ def test_bad_line(tmp_path: Path, line: str) -> None:
         load_jsonl(path)
     text = str(error.value)
     assert text.startswith(f"{path}, line 2: {BAD[line]}")
-    assert text.endswith(". A line is {question, choices, answer_index} or {prompt, completion}; correct or remove it.")
+    kinds = "{question, choices, answer_index} or {prompt, completion} or {messages}"
+    assert text.endswith(f". A line is {kinds}; correct or remove it.")
 
 
 def test_bad_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from stable_lora_jax.models import generate, generation, stream
@@ -36,7 +37,15 @@ def test_end_token_stops_one_row_only(model):
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
 
 
-@pytest.mark.parametrize("options", [{}, {"eos_id": 7}, {"temperature": 0.8, "key": jax.random.key(1)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"eos_id": 7},
+        {"temperature": 0.8, "key": jax.random.key(1)},
+        {"temperature": 2.0, "key": jax.random.key(1), "top_k": 5, "top_p": 0.7},
+    ],
+)
 def test_stream_gives_the_same_tokens(model, options):
     whole = generate(model, PROMPTS[:1], max_new_tokens=6, **options)[0]
     assert list(stream(model, PROMPTS[0], max_new_tokens=6, **options)) == whole
@@ -49,6 +58,27 @@ def test_sampling_follows_the_key_and_the_temperature(model):
     assert sample(0, 2.0) == sample(0, 2.0)
     assert sample(0, 2.0) != sample(1, 2.0)
     assert sample(0, 1e-5) == generate(model, PROMPTS, max_new_tokens=6)
+
+
+def test_top_k_and_top_p_draw_from_the_likeliest(model):
+    logits = tiny.call(model, jnp.array([[3, 1, 4]]))[0, -1]
+    probabilities = np.asarray(jax.nn.softmax(logits / 1.5), np.float64)
+    falling = np.argsort(-probabilities)
+
+    def drawn(**options):
+        keys = (jax.random.key(seed) for seed in range(60))
+        return {
+            generate(model, [[3, 1, 4]], max_new_tokens=1, temperature=1.5, key=key, **options)[0][0] for key in keys
+        }
+
+    assert drawn(top_k=3) <= {*falling[:3].tolist()}
+    assert len(drawn(top_k=3)) > 1
+    assert drawn(top_k=1) == drawn(top_p=1e-9) == {int(falling[0])}
+    fewest = 1 + int(np.argmax(np.cumsum(probabilities[falling]) >= 0.5))
+    assert fewest > 2
+    assert drawn(top_p=0.5) <= {*falling[:fewest].tolist()}
+    assert drawn(top_k=2, top_p=1.0) <= {*falling[:2].tolist()}
+    assert drawn() - {*falling[:fewest].tolist()}
 
 
 def test_every_token_is_drawn_anew(model):
@@ -81,6 +111,9 @@ def test_adapters_generate_without_dropout_and_keep_their_mode():
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
         ([[1]], {"temperature": 0.5}, "temperature=0.5 with key=None"),
+        ([[1]], {"top_k": 0}, "top_k=0, top_p=None; allowed are top_k from 1"),
+        ([[1]], {"top_p": 1.5}, "top_k=None, top_p=1.5"),
+        ([[1]], {"top_p": 0.5}, "temperature 0 draws nothing"),
     ],
 )
 def test_errors(model, prompts, options, message):
