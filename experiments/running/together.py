@@ -10,12 +10,13 @@ from flax import nnx
 from experiments.running.bases import shared_base
 from stable_lora_jax.finetune import (
     RunConfig,
+    inject_adapters,
     load_training_examples,
     total_steps,
     training_batches,
     update_rule,
 )
-from stable_lora_jax.lora import inject_lora, lora_modules, save_adapter
+from stable_lora_jax.lora import lora_modules, save_adapter
 from stable_lora_jax.models import Decoder
 from stable_lora_jax.training import RunDirectory, SweepPoint, make_loss, split_model, train_sweep
 
@@ -29,7 +30,7 @@ def train_together(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     examples = load_training_examples(first)
     batches = [training_batches(config, examples) for config in configs]
     total = total_steps(first, batches[0].steps_per_epoch)
-    models = [_adapted(config, shared_base(first.model)) for config in configs]
+    models = [inject_adapters(shared_base(first.model), config.adapter, config.schedule.seed) for config in configs]
     parts = [split_model(model) for model in models]
     result = train_sweep(
         *(parts[0][0], parts[0][2], [adapters for _, adapters, _ in parts], batches),
@@ -51,20 +52,6 @@ def train_together(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     return outcomes
 
 
-def _adapted(config: RunConfig, model: Decoder) -> Decoder:
-    adapter = config.adapter
-    return inject_lora(
-        model,
-        adapter.rank,
-        adapter.alpha,
-        adapter.targets,
-        rngs=nnx.Rngs(config.schedule.seed),
-        use_rslora=adapter.use_rslora,
-        dropout=adapter.dropout,
-        a_scale=adapter.a_scale,
-    )
-
-
 def _rule(config: RunConfig, total: int, point: SweepPoint) -> optax.GradientTransformation:
     own = {"lam": point.lam, "ratio": point.ratio}
     lam, ratio = (value if getattr(config.method, name) is not None else None for name, value in own.items())
@@ -72,6 +59,8 @@ def _rule(config: RunConfig, total: int, point: SweepPoint) -> optax.GradientTra
 
 
 def _point(config: RunConfig, model: Decoder) -> SweepPoint:
-    scale = next(iter(lora_modules(model).values())).scale
+    scale, *others = {module.scale for module in lora_modules(model).values()}
+    if others:
+        raise ValueError("Modules of different scales are not trained together. Leave --together out.")
     own = {name: value for name in ("lam", "ratio") if (value := getattr(config.method, name)) is not None}
     return SweepPoint(config.schedule.learning_rate, scale, **own)

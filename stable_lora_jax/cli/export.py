@@ -66,11 +66,12 @@ def export_command(config: ExportConfig) -> None:
 def vllm_notes(spec: AdapterSpec) -> list[str]:
     """Returns what vLLM needs to be told to load an adapter, or why it will not; nothing if it just loads."""
     notes = []
-    if spec.rank > VLLM_MAX_RANKS[-1]:
-        notes.append(f"vLLM loads ranks up to {VLLM_MAX_RANKS[-1]}; this adapter has {spec.rank}.")
-    elif spec.rank > VLLM_DEFAULT_MAX_RANK:
-        needed = next(rank for rank in VLLM_MAX_RANKS if rank >= spec.rank)
-        notes.append(f"vLLM loads this adapter of rank {spec.rank} with --max-lora-rank {needed}.")
+    largest = max((spec.rank, *spec.ranks.values()))
+    if largest > VLLM_MAX_RANKS[-1]:
+        notes.append(f"vLLM loads ranks up to {VLLM_MAX_RANKS[-1]}; this adapter has {largest}.")
+    elif largest > VLLM_DEFAULT_MAX_RANK:
+        needed = next(rank for rank in VLLM_MAX_RANKS if rank >= largest)
+        notes.append(f"vLLM loads this adapter of rank {largest} with --max-lora-rank {needed}.")
     if others := {path.rpartition(".")[2] for path in spec.targets} - set(TARGETS["qkvogud"]):
         notes.append(f"vLLM may not load adapters on {', '.join(sorted(others))}; it does on the layers' projections.")
     return notes

@@ -94,13 +94,46 @@ class AdapterConfig:
     alpha: float = 16.0
     """Their scale is s = alpha / rank."""
     targets: str = "qv"
-    """Adapted modules: qv, qkvo, qkvogud, or a regular expression for dotted paths."""
+    """Adapted modules: qv, qkvo, qkvogud, all-linear (all but the output layer), or a regular expression for dotted
+    paths."""
+    exclude: str = ""
+    """Endings of paths that are left out, e.g. k_proj,down_proj."""
+    rank_pattern: str = ""
+    """Other ranks for some modules, e.g. down_proj=16,o_proj=4."""
+    alpha_pattern: str = ""
+    """Other alphas for some modules."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
     """Fraction of its inputs an adapter does not see while training."""
     a_scale: float = 1.0
     """The start of A is multiplied by it."""
+
+    def __post_init__(self):
+        for option in ("rank_pattern", "alpha_pattern"):
+            numbers_by_module(option, getattr(self, option))
+
+
+def numbers_by_module(option: str, text: str) -> dict[str, Any]:
+    """Returns module -> number from "module=number,...", of `rank_pattern` whole numbers.
+
+    >>> numbers_by_module("rank_pattern", "down_proj=16,o_proj=4")
+    {'down_proj': 16, 'o_proj': 4}
+
+    Raises:
+      ValueError: another form, or a module that is named twice.
+    """
+    kind, found = (int if option == "rank_pattern" else float), {}
+    for part in text.split(",") if text else ():
+        name, _, number = part.partition("=")
+        try:
+            value = kind(number)
+        except ValueError:
+            value = 0
+        if not name or name in found or not 0 < value < math.inf:
+            raise ValueError(f"{option}={text!r} is not understood at {part!r}. Write module=number,module=number.")
+        found[name] = value
+    return found
 
 
 # Methods' own numbers: option -> (the methods that have it, its value where it is not given).

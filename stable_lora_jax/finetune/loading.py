@@ -6,7 +6,14 @@ from typing import Any
 
 from flax import nnx
 
-from stable_lora_jax.finetune.config import DTYPES, ModelConfig, check_choice, options_of
+from stable_lora_jax.finetune.config import (
+    DTYPES,
+    AdapterConfig,
+    ModelConfig,
+    check_choice,
+    numbers_by_module,
+    options_of,
+)
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, quantize_linears, read_adapter_spec, same_base
 from stable_lora_jax.lora.peft_directory import CONFIG as PEFT_CONFIG
 from stable_lora_jax.models import Decoder, huggingface_module, load_model
@@ -99,11 +106,37 @@ def load_with_adapter(
             "onto its own base, or a copy of that in a directory of the same name."
         )
     model = base or load_base(name, dtype, quantize)
-    inject_lora(model, spec.rank, spec.alpha, spec.targets, rngs=nnx.Rngs(0), use_rslora=spec.use_rslora)
+    inject_lora(
+        model,
+        spec.rank,
+        spec.alpha,
+        spec.targets,
+        rngs=nnx.Rngs(0),
+        use_rslora=spec.use_rslora,
+        rank_pattern=spec.rank_pattern,
+        alpha_pattern=spec.alpha_pattern,
+    )
     load_adapter(file, model, name)
     if spec.base != name:
         print(f"{file}: trained on {spec.base}, loaded onto {name}", file=sys.stderr)
     return model
+
+
+def inject_adapters(model: Decoder, adapter: AdapterConfig, seed: int) -> Decoder:
+    """Returns the model with the adapters of a configuration, changed in place; see `inject_lora`."""
+    return inject_lora(
+        model,
+        adapter.rank,
+        adapter.alpha,
+        adapter.targets,
+        rngs=nnx.Rngs(seed),
+        use_rslora=adapter.use_rslora,
+        dropout=adapter.dropout,
+        a_scale=adapter.a_scale,
+        rank_pattern=numbers_by_module("rank_pattern", adapter.rank_pattern),
+        alpha_pattern=numbers_by_module("alpha_pattern", adapter.alpha_pattern),
+        exclude=adapter.exclude.split(",") if adapter.exclude else (),
+    )
 
 
 def load_base(name: str, dtype: str, quantize: str | None, *, remat: bool = False, attention: str = "auto") -> Decoder:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from stable_lora_jax.data import (
@@ -30,8 +29,8 @@ from stable_lora_jax.data import (
 )
 from stable_lora_jax.finetune.config import RunConfig, fingerprint
 from stable_lora_jax.finetune.execution import parse_mesh
-from stable_lora_jax.finetune.loading import load_base
-from stable_lora_jax.lora import inject_lora, save_adapter
+from stable_lora_jax.finetune.loading import inject_adapters, load_base
+from stable_lora_jax.lora import save_adapter
 from stable_lora_jax.optim.hyperparameters import Number, check_range
 from stable_lora_jax.training import (
     RunDirectory,
@@ -57,7 +56,7 @@ def finetune(config: RunConfig) -> TrainResult:
       ValueError: a bad value, bad data, or a run directory that is in use or belongs to another configuration or other
         data.
     """
-    adapter, schedule, how = config.adapter, config.schedule, config.run
+    schedule, how = config.schedule, config.run
     processes = (how.coordinator, how.processes, how.process_id)
     if how.distributed or processes != (None, None, None):
         join_processes(*processes, heartbeat_timeout=how.heartbeat_timeout)
@@ -93,16 +92,7 @@ def finetune(config: RunConfig) -> TrainResult:
         for each in (examples, validation.examples if validation else ()):
             check_fits(each, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
         check_decoder(mesh, model)
-        inject_lora(
-            model,
-            adapter.rank,
-            adapter.alpha,
-            adapter.targets,
-            rngs=nnx.Rngs(schedule.seed),
-            use_rslora=adapter.use_rslora,
-            dropout=adapter.dropout,
-            a_scale=adapter.a_scale,
-        )
+        inject_adapters(model, config.adapter, schedule.seed)
     for name in how.log if is_first() else ():
         sign_in(name)
     wait_for_all("every process has accepted all of the above")  # nothing is deleted before

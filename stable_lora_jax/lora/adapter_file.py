@@ -1,7 +1,9 @@
 """Adapter files: one safetensors file that holds the A and B matrices alone, and says what they belong to."""
 
 import json
-from dataclasses import asdict, dataclass
+import re
+import statistics
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ class AdapterSpec:
 
     Attributes:
       base: name of the base model, as given to `load_model`.
-      rank: r.
-      alpha: numerator of the scale.
+      rank: r, of most layers.
+      alpha: numerator of the scale, of most layers.
       use_rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
       targets: dotted paths of the adapted layers.
+      ranks: path -> r of the layers that have another.
+      alphas: path -> alpha of the layers that have another.
     """
 
     base: str
@@ -33,25 +37,44 @@ class AdapterSpec:
     alpha: float
     use_rslora: bool
     targets: tuple[str, ...]
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """The other ranks, as `inject_lora` takes them."""
+        return {re.escape(path): rank for path, rank in self.ranks.items()}
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """The other alphas, as `inject_lora` takes them."""
+        return {re.escape(path): alpha for path, alpha in self.alphas.items()}
 
 
 def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
     """Returns the spec of the adapters inside `model`.
 
     Raises:
-      ValueError: no adapters, or adapters of different rank or alpha.
+      ValueError: no adapters, or some with and some without rslora.
     """
     modules = lora_modules(model)
     if not modules:
         raise ValueError("The model has no LoRA adapters. Call inject_lora(model, ...) first.")
-    kinds = {(module.rank, module.alpha, module.use_rslora) for module in modules.values()}
-    if len(kinds) != 1:
+    if len({module.use_rslora for module in modules.values()}) != 1:
         raise ValueError(
-            f"The model has adapters of {len(kinds)} kinds (rank, alpha, rslora): {sorted(kinds)}. An adapter file "
-            "holds one kind: inject all layers with the same values."
+            "The model has adapters with rslora and without. An adapter file holds one kind: inject all layers alike."
         )
-    rank, alpha, use_rslora = kinds.pop()
-    return AdapterSpec(base=base, rank=rank, alpha=alpha, use_rslora=use_rslora, targets=tuple(modules))
+    rank = statistics.mode(module.rank for module in modules.values())
+    alpha = statistics.mode(module.alpha for module in modules.values())
+    return AdapterSpec(
+        base=base,
+        rank=rank,
+        alpha=alpha,
+        use_rslora=next(iter(modules.values())).use_rslora,
+        targets=tuple(modules),
+        ranks={path: module.rank for path, module in modules.items() if module.rank != rank},
+        alphas={path: module.alpha for path, module in modules.items() if module.alpha != alpha},
+    )
 
 
 def save_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
@@ -97,9 +120,11 @@ def read_adapter_spec(path: str | Path) -> AdapterSpec:
         raise ValueError(
             f"{path} has a header that save_adapter did not write ({type(error).__name__}: {error}). Copy it again."
         ) from error
-    kinds = {"base": str, "rank": int, "alpha": int | float, "use_rslora": bool}
+    kinds = {"base": str, "rank": int, "alpha": int | float, "use_rslora": bool, "ranks": dict, "alphas": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(getattr(spec, name), kind)]
-    if wrong or not all(isinstance(target, str) for target in spec.targets) or spec.rank < 1:
+    others = () if wrong else (*spec.ranks.values(), *spec.alphas.values())
+    numbers = all(isinstance(each, int | float) for each in others)
+    if wrong or not numbers or not all(isinstance(target, str) for target in spec.targets) or spec.rank < 1:
         raise ValueError(f"{path} has a header that save_adapter did not write: {fields}. Copy it again.")
     return spec
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -19,12 +19,16 @@ Path: TypeAlias = tuple[Any, ...]
 
 _CONTAINERS = (nnx.List, nnx.Dict, list, tuple, dict)
 
-# The paper's names for the modules of a Llama or Qwen2 layer.
+# The paper's names for the modules of a layer.
 TARGETS = {
     "qv": ("q_proj", "v_proj"),
     "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "qkvogud": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+
+
+# Every Linear layer but the output layer, as in PEFT.
+ALL_LINEAR = "all-linear"
 
 
 def inject_lora(
@@ -40,6 +44,9 @@ def inject_lora(
     a_init: Initializer = A_INIT,
     b_init: Initializer = B_INIT,
     a_scale: float = 1.0,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude: Sequence[str] = (),
 ) -> Model:
     r"""Returns `model`, changed in place: each targeted `nnx.Linear` is now a `LoRALinear` around it.
 
@@ -50,15 +57,20 @@ def inject_lora(
       model: holds the Linear layers to adapt, at any depth.
       rank: r >= 1.
       alpha: the scale is s = alpha / rank; > 0.
-      targets: "qv", "qkvo" or "qkvogud"; a list of dotted paths, each of which is a whole path or else the ending of
-        any number of paths; or a regular expression that must match a whole dotted path, e.g. ``r"layers\.mlp\..*"``.
+      targets: "qv", "qkvo" or "qkvogud"; "all-linear", every Linear but the output layer `lm_head`; a list of dotted
+        paths, each of which is a whole path or else the ending of any number of paths; or a regular expression that
+        must match a whole dotted path, e.g. ``r"layers\.mlp\..*"``.
       rngs: random streams for the adapters.
       dtype, use_rslora, dropout, a_init, b_init: as in `LoRALinear`.
       a_scale: the start of every A is multiplied by it; > 0. A start of 1/4 to 1/16 of the size does in some settings
         what the shrink of Stable-LoRA does.
+      rank_pattern, alpha_pattern: other ranks and alphas for some layers, as PEFT has them: a regular expression for
+        a path or the ending of one after a dot -> value; the first that matches counts.
+      exclude: targets that are left out, each as in a list of targets.
 
     Raises:
-      ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed); rank, alpha,
+      ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed), which holds for
+        patterns and what is left out too; rank, alpha,
         dropout or a_scale out of range; the model has adapters already, ours or another library's; it is a Linear layer
         itself, or has one under two names or in a tuple. The model is then unchanged.
 
@@ -75,14 +87,22 @@ def inject_lora(
             f"The model has LoRA adapters already, at {listed(present)}. Adapters are not stacked on adapters: call "
             "merge_lora(model) first, or start from the base model."
         )
-    chosen = _matching(modules_at(model, nnx.Linear), targets)
+    linears = modules_at(model, nnx.Linear)
+    chosen = _matching(linears, targets)
+    if exclude:
+        left_out = _matching(linears, list(exclude))
+        chosen = {path: linear for path, linear in chosen.items() if path not in left_out}
+        if not chosen:
+            raise ValueError(f"exclude={list(exclude)} leaves nothing of the targets {targets!r}. Leave less out.")
+    ranks = _by_pattern("rank_pattern", rank_pattern or {}, chosen, rank)
+    alphas = _by_pattern("alpha_pattern", alpha_pattern or {}, chosen, alpha)
     check_one_name(model, chosen.values())
     places = [place(model, path) for path in chosen]
     adapted = [
         LoRALinear(
             linear,
-            rank,
-            alpha,
+            ranks[path],
+            alphas[path],
             rngs=rngs,
             dtype=dtype,
             use_rslora=use_rslora,
@@ -90,7 +110,7 @@ def inject_lora(
             a_init=a_init,
             b_init=b_init,
         )
-        for linear in chosen.values()
+        for path, linear in chosen.items()
     ]
     for put, module in zip(places, adapted, strict=True):
         if a_scale != 1:
@@ -161,6 +181,8 @@ def _matching(linears: dict[Path, nnx.Linear], targets: str | Sequence[str]) -> 
     whole = {path: dotted(path) for path in linears}
     if not isinstance(targets, str):
         patterns = {name: re.escape(name) if name in whole.values() else _ending(name) for name in targets}
+    elif targets == ALL_LINEAR:
+        patterns = {targets: rf"(?!{_ending('lm_head')}$).*"}
     elif targets in TARGETS:
         patterns = {name: _ending(name) for name in TARGETS[targets]}
     else:
@@ -172,11 +194,32 @@ def _matching(linears: dict[Path, nnx.Linear], targets: str | Sequence[str]) -> 
     if missing := [name for name, paths in found.items() if not paths] or ([] if found else ["(no target)"]):
         raise ValueError(
             f"LoRA targets {missing} match no Linear layer. The model's Linear layers are {listed(whole.values())}. "
-            f"Targets are one of {list(TARGETS)}, a list of paths or path endings, or a regular expression for whole "
-            "paths."
+            f"Targets are one of {[*TARGETS, ALL_LINEAR]}, a list of paths or path endings, or a regular expression "
+            "for whole paths."
         )
     chosen = {path for paths in found.values() for path in paths}
     return {path: linear for path, linear in linears.items() if path in chosen}
+
+
+def _by_pattern(option: str, pattern: Mapping[str, Any], chosen: Iterable[Path], default: Any) -> dict[Path, Any]:
+    """Returns each layer's value: that of the first pattern that matches its path, or an ending of it."""
+    values, used = {}, set()
+    for path in chosen:
+        try:
+            keys = (key for key in pattern if re.fullmatch(rf"(?:.*\.)?(?:{key})", dotted(path)))
+            key = next(keys, None)
+        except re.error as error:
+            raise ValueError(
+                f"{option}={dict(pattern)!r} holds no regular expression ({error}). Correct it."
+            ) from error
+        used.add(key)
+        values[path] = default if key is None else pattern[key]
+    if unused := [key for key in pattern if key not in used]:
+        raise ValueError(
+            f"{option}={dict(pattern)!r}: {unused} decide nothing; they match none of the targets, or others match "
+            f"before them. The targets are {listed(dotted(path) for path in values)}."
+        )
+    return values
 
 
 def check_one_name(model: nnx.Module, chosen: Iterable[nnx.Linear]) -> None:

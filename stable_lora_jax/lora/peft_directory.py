@@ -10,7 +10,8 @@ Modules have other names in a PEFT file than here (``model.layers.3.self_attn.q_
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +33,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # those not listed (pissa, olora, corda, loftq, lora_ga) change the base weight, to which A and B then belong.
 _UNUSED = {
     "alora_invocation_tokens": (None,),
-    "alpha_pattern": ({}, None),
     "arrow_config": (None,),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
@@ -42,7 +42,6 @@ _UNUSED = {
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
     "monteclora_config": (None,),
-    "rank_pattern": ({}, None),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None,),
@@ -56,23 +55,24 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
 
     Args:
       directory: where to; it is made, and must not hold an adapter yet.
-      model: a model with adapters of one rank and alpha.
+      model: a model with adapters.
       base: written as base_model_name_or_path, e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
       module_name: from a dotted path here, and the number of the layer or None, to the module's name in transformers.
 
     Raises:
-      ValueError: no adapters or adapters of several kinds, or one stacked over several axes.
+      ValueError: no adapters, some with and some without rslora, or one stacked over several axes.
       FileExistsError: the directory holds an adapter already.
     """
     directory = Path(directory)
     spec = adapter_spec(model, base)
-    modules = lora_modules(model).items()
-    matrices = [each for path, module in modules for each in _matrices(path, module, module_name)]
+    modules = lora_modules(model)
+    matrices = [each for path, module in modules.items() for each in _matrices(path, module, module_name)]
     tensors: dict[str, Any] = {}
     for name, a, b in matrices:
         tensors[f"base_model.model.{name}.lora_A.weight"] = jnp.asarray(a.T)
         tensors[f"base_model.model.{name}.lora_B.weight"] = jnp.asarray(b.T)
     config = {
+        "alpha_pattern": _patterns(spec.alphas, modules, module_name),
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -83,6 +83,7 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": spec.rank,
+        "rank_pattern": _patterns(spec.ranks, modules, module_name),
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name, _, _ in matrices}),
         "task_type": "CAUSAL_LM",
         "use_rslora": spec.use_rslora,
@@ -133,7 +134,11 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
             "a kind. Load it onto the model it was trained on."
         )
     # Shapes first: nothing changes before everything fits.
-    stacks = {path: _stack(directory, path, linears[path], slots[path], tensors, config["r"]) for path in targets}
+    ranks, alphas = (
+        {path: _one_value(directory, option, config, slots[path], default) for path in targets}
+        for option, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"]))
+    )
+    stacks = {path: _stack(directory, path, linears[path], slots[path], tensors, ranks[path]) for path in targets}
     dtype = jnp.result_type(*(matrix.dtype for pair in stacks.values() for matrix in pair))  # the widest of all
     inject_lora(
         model,
@@ -143,10 +148,38 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         rngs=nnx.Rngs(0),
         dtype=dtype,
         use_rslora=config.get("use_rslora", False),
+        rank_pattern={re.escape(path): rank for path, rank in ranks.items()},
+        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items()},
     )
     for path, module in lora_modules(model).items():
         module.lora_a[...], module.lora_b[...] = stacks[path]
     return len(known)
+
+
+def _patterns(values: Mapping[str, Any], modules: Mapping[str, LoRALinear], module_name: ModuleName) -> dict[str, Any]:
+    """Returns module in transformers -> value, for the layers that have another than most."""
+    return {
+        re.escape(name): int(value) if float(value).is_integer() else value
+        for path, value in values.items()
+        for name, _, _ in _matrices(path, modules[path], module_name)
+    }
+
+
+def _one_value(directory: Path, option: str, config: Mapping[str, Any], names: list[str], default: Any) -> Any:
+    """Returns the rank or alpha of the layers of a kind, which must agree; patterns match as in PEFT."""
+
+    def of(name: str) -> Any:
+        pattern = config.get(option) or {}
+        key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)
+        return default if key is None else pattern[key]
+
+    values = {of(name) for name in names}
+    if len(values) > 1:
+        raise ValueError(
+            f"{directory}: {option} gives {names[0].rpartition('.')[2]} the values {sorted(values)} in different "
+            "layers. All layers of a kind need the same here, where they are one stacked array."
+        )
+    return values.pop()
 
 
 def _matrices(path: str, module: LoRALinear, module_name: ModuleName) -> list[tuple[str, Any, Any]]:
@@ -168,8 +201,10 @@ def _layers(linear: nnx.Linear) -> list[int | None]:
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
+        inside = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG}"))  # of adapters with names
         raise ValueError(
-            f"{directory} lacks {' and '.join(missing)}. Give the directory that PEFT's save_pretrained wrote."
+            f"{directory} lacks {' and '.join(missing)}. Give the directory that PEFT's save_pretrained wrote"
+            + (f", one of {', '.join(inside)}." if inside else ".")
         )
     try:
         config = dict(json.loads((directory / CONFIG).read_text()))
@@ -180,7 +215,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter. Only LORA can be loaded.")
     if used := [name for name, unused in _UNUSED.items() if name in config and config[name] not in unused]:
         told = ", ".join(f"{name}={config[name]!r}" for name in used)
-        raise ValueError(f"{directory} uses {told}. Only plain LoRA of one rank and alpha can be loaded.")
+        raise ValueError(f"{directory} uses {told}. Only plain LoRA can be loaded.")
     if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
         raise ValueError(f"{directory / CONFIG} lacks {' and '.join(missing)}. Add them as they were in training.")
     for name, kinds, kind in (("r", (int,), "integer"), ("lora_alpha", (int, float), "number")):
@@ -190,9 +225,28 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{directory / CONFIG} says {name}={value!r}. It must be a positive {kind}, written without quotes. "
                 "Correct it as it was in training."
             )
+    _check_patterns(directory, config)
     if not isinstance(config.get("use_rslora", False), bool):
         raise ValueError(f"{directory / CONFIG} says use_rslora={config['use_rslora']!r}. It must be true or false.")
     return config, _plain_names(directory, tensors)
+
+
+def _check_patterns(directory: Path, config: Mapping[str, Any]) -> None:
+    for option, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
+        pattern = config.get(option) or {}
+        values = pattern.values() if isinstance(pattern, dict) else [None]
+        if any(not isinstance(each, kinds) or isinstance(each, bool) or not 0 < each <= 2**31 for each in values):
+            raise ValueError(
+                f"{directory / CONFIG} says {option}={pattern!r}. It must map patterns to positive numbers. Correct it "
+                "as it was in training."
+            )
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(
+                    f"{directory / CONFIG}: {option} holds {key!r}, no regular expression ({error})."
+                ) from error
 
 
 def _plain_names(directory: Path, tensors: dict[str, Any]) -> dict[str, Any]:

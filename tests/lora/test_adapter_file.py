@@ -108,9 +108,32 @@ def test_a_model_without_adapters_or_with_two_kinds_has_no_spec(tmp_path):
     with pytest.raises(ValueError, match=r"has no LoRA adapters\. Call inject_lora"):
         save_adapter(tmp_path / "a", model, "tiny")
     model, _ = adapted()
-    lora_modules(model)["layers.self_attn.q_proj"].alpha = 8.0
-    with pytest.raises(ValueError, match=r"adapters of 2 kinds .*: \[\(2, 4\.0, False\), \(2, 8\.0, False\)\]"):
+    lora_modules(model)["layers.self_attn.q_proj"].use_rslora = True
+    with pytest.raises(ValueError, match=r"adapters with rslora and without\. An adapter file holds one kind"):
         save_adapter(tmp_path / "a", model, "tiny")
+
+
+def test_several_ranks_and_alphas_come_back(tmp_path):
+    patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {r"layers\.mlp\.(down|up).*": 8.0, "q_proj": 1.5}}
+    model = inject_lora(decoder()[0], 2, 4.0, "qkvogud", rngs=nnx.Rngs(1), **patterns)
+    save_adapter(tmp_path / "a", model, "tiny")
+    spec = read_adapter_spec(tmp_path / "a")
+    assert (spec.rank, spec.alpha, spec.ranks) == (2, 4.0, {"layers.self_attn.q_proj": 3})
+    assert spec.alphas == {"layers.self_attn.q_proj": 1.5} | {f"layers.mlp.{name}_proj": 8.0 for name in ("down", "up")}
+    again = decoder()[0]
+    inject_lora(
+        *(again, spec.rank, spec.alpha, spec.targets),
+        rngs=nnx.Rngs(5),
+        rank_pattern=spec.rank_pattern,
+        alpha_pattern=spec.alpha_pattern,
+    )
+    load_adapter(tmp_path / "a", again, "tiny")
+    for path, module in lora_modules(model).items():
+        other = lora_modules(again)[path]
+        assert (module.rank, module.alpha, module.scale) == (other.rank, other.alpha, other.scale)
+        np.testing.assert_array_equal(module.lora_a[...], other.lora_a[...])
+    with pytest.raises(ValueError, match="does not belong to this model"):
+        load_adapter(tmp_path / "a", inject_lora(decoder()[0], 2, 4.0, "qkvogud", rngs=nnx.Rngs(1)), "tiny")
 
 
 def test_a_layer_named_as_another_one_ends_is_told_apart(tmp_path):

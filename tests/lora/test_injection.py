@@ -117,12 +117,50 @@ def test_one_layer_is_the_formula():
         ("qkvo", ["self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]),
         (["self_attn.k_proj", "up_proj"], ["mlp.up_proj", "self_attn.k_proj"]),
         (r"layers\.mlp\..*", ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]),
+        (
+            "all-linear",
+            [f"mlp.{each}_proj" for each in ("down", "gate", "up")]
+            + [f"self_attn.{each}_proj" for each in ("k", "o", "q", "v")],
+        ),
     ],
 )
 def test_targets(targets, names):
     model, _ = decoder()
     inject_lora(model, 2, 4.0, targets, rngs=nnx.Rngs(1))
     assert sorted(lora_modules(model)) == [f"layers.{name}" for name in names]
+
+
+def test_patterns_and_what_is_left_out():
+    model, _ = decoder()
+    patterns = {"rank_pattern": {"q_proj": 3, r"self_attn\.\w_proj": 5}, "alpha_pattern": {"o_proj": 10}}
+    inject_lora(model, 2, 4.0, "all-linear", rngs=nnx.Rngs(1), exclude=["mlp.gate_proj", "v_proj"], **patterns)
+    found = {path.rpartition(".")[2]: (m.rank, m.scale) for path, m in lora_modules(model).items()}
+    assert found == {
+        "q_proj": (3, 4 / 3),
+        "k_proj": (5, 4 / 5),
+        "o_proj": (5, 2.0),
+        "up_proj": (2, 2.0),
+        "down_proj": (2, 2.0),
+    }
+    assert lora_modules(model)["layers.self_attn.k_proj"].lora_a.shape == (3, 32, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": {"gate_proj": 3}}, r"rank_pattern=.*\['gate_proj'\] decide nothing"),
+        ({"alpha_pattern": {".*": 3, "q_proj": 4}}, r"alpha_pattern=.*\['q_proj'\] decide nothing"),
+        ({"rank_pattern": {"(": 3}}, "no regular expression"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank=0 is not a positive integer"),
+        ({"exclude": ["q_proj", "v_proj"]}, "leaves nothing of the targets"),
+        ({"exclude": ["query"]}, r"\['query'\] match no Linear layer"),
+    ],
+)
+def test_bad_patterns_change_nothing(options, message):
+    model, _ = decoder()
+    with pytest.raises(ValueError, match=message):
+        inject_lora(model, 2, 4.0, "qv", rngs=nnx.Rngs(1), **options)
+    assert not lora_modules(model)
 
 
 def test_all_seven_modules_and_stacked_shapes():
@@ -182,7 +220,10 @@ def test_a_smaller_start():
     ("kwargs", "message"),
     [
         ({"targets": ["q_proj", "nope"]}, r"LoRA targets \['nope'\] match no Linear.*layers.self_attn.q_proj"),
-        ({"targets": "qz"}, r"LoRA targets \['qz'\] match no Linear layer.*one of \['qv', 'qkvo', 'qkvogud'\]"),
+        (
+            {"targets": "qz"},
+            r"LoRA targets \['qz'\] match no Linear layer.*one of \['qv', 'qkvo', 'qkvogud', 'all-linear'\]",
+        ),
         ({"targets": []}, r"LoRA targets \['\(no target\)'\]"),
         ({"rank": 0}, r"rank=0 is not a positive integer"),
         ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),

@@ -209,7 +209,14 @@ def test_a_file_of_two_dtypes_is_computed_in_the_wider(tmp_path, narrow):
         (lambda d: change_config(d, use_qalora=True), "uses use_qalora=True"),
         (lambda d: change_config(d, kasa_config={"beta": 1.0}), "uses kasa_config={'beta': 1.0}"),
         (lambda d: change_config(d, modules_to_save=["lm_head"]), "uses modules_to_save=['lm_head']"),
-        (lambda d: change_config(d, rank_pattern={"q_proj": 4}), "uses rank_pattern={'q_proj': 4}"),
+        (lambda d: change_config(d, rank_pattern={"q_proj": 4}), "its r is not the one in its configuration"),
+        (lambda d: change_config(d, rank_pattern={"q_proj": "4"}), "says rank_pattern={'q_proj': '4'}. It must map"),
+        (lambda d: change_config(d, alpha_pattern=[1]), "says alpha_pattern=[1]. It must map patterns"),
+        (lambda d: change_config(d, alpha_pattern={"(": 1}), "alpha_pattern holds '(', no regular expression"),
+        (
+            lambda d: change_config(d, alpha_pattern={r"layers\.0\..*q_proj": 1}),
+            "alpha_pattern gives q_proj the values [1, 6] in different layers",
+        ),
         (lambda d: change_config(d, base_model_name_or_path="other/Base"), "is an adapter for other/Base, not for"),
         (lambda d: change_config(d, r=4), "its r is not the one in its configuration"),
         (

@@ -217,9 +217,9 @@ FAMILIES = [
 def test_adapters_go_to_peft_and_back(tmp_path, family, changes):
     peft = pytest.importorskip("peft")
     reference(family, **changes).save_pretrained(tmp_path / "base")
-    model = inject_lora(
-        load_model(tmp_path / "base"), 3, 12, "qkvogud", rngs=nnx.Rngs(0), b_init=nnx.initializers.normal(0.3)
-    )
+    patterns = {"rank_pattern": {"down_proj": 5, "o_proj": 2}, "alpha_pattern": {"q_proj": 7, "mlp.*": 2.5}}
+    options = {"rngs": nnx.Rngs(0), "b_init": nnx.initializers.normal(0.3), **patterns}
+    model = inject_lora(load_model(tmp_path / "base"), 3, 12, "all-linear", **options)
     tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
     ours = tiny.call(model, jnp.asarray(tokens))
     save_peft(tmp_path / "ours", model, "base", partial(huggingface_module, model_type=model.config.model_type))
