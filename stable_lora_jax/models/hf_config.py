@@ -12,7 +12,7 @@ from typing import Any
 from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.families import FAMILIES, Family
 from stable_lora_jax.models.hf_rope import read_rope, write_rope
-from stable_lora_jax.models.hf_values import flag, integer, number
+from stable_lora_jax.models.hf_values import flag, integer, number, positive
 
 _READ = {
     "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -66,11 +66,10 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     hidden_size = integer(raw, "hidden_size")
     head_dim = integer(raw, "head_dim", hidden_size // max(num_heads, 1))
     max_positions = integer(raw, "max_position_embeddings")
-    for name in ("query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier", "attention_multiplier"):
+    multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier")
+    for name in (*multipliers, "query_pre_attn_scalar", "logits_scaling"):
         if name in family.read:
-            number(raw, name)
-    if "logits_scaling" in family.read and number(raw, "logits_scaling") <= 0:
-        raise ValueError(f"config.json: logits_scaling={raw['logits_scaling']!r} must be positive; correct it.")
+            positive(raw, name)
     return DecoderConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=hidden_size,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stable_lora_jax.models.config import DecoderConfig
-from stable_lora_jax.models.hf_values import integer, number
+from stable_lora_jax.models.hf_values import flag, integer, number, positive
 from stable_lora_jax.models.rope_scaling import (
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -59,8 +59,8 @@ def read_rope(raw: Mapping[str, Any], model_type: str, head_dim: int, max_positi
         raise ValueError(
             "config.json: rope_theta is null; it must be a positive number; remove the key for the default."
         )
-    share = number(rope, "partial_rotary_factor", 1.0)
-    if share != 1 and model_type != "phi3":
+    share = positive(rope, "partial_rotary_factor", 1.0)
+    if share > 1 or (share != 1 and model_type != "phi3"):
         raise _unknown("partial_rotary_factor", share, (1.0,))
     width = int(head_dim * share)
     return {
@@ -124,7 +124,7 @@ def _merged(places: Mapping[str, Any], model_type: str) -> dict[str, Any]:
                     "agree; take the file of the weights, or remove the one that is wrong."
                 )
     merged.setdefault("rope_type", "default")
-    if merged["rope_type"] not in _TYPES:
+    if not isinstance(merged["rope_type"], str) or merged["rope_type"] not in _TYPES:
         raise _unknown("rope_type", merged["rope_type"], tuple(_TYPES))
     if unknown := merged.keys() - _COMMON - _TYPES[merged["rope_type"]]:
         name = min(unknown)
@@ -144,7 +144,10 @@ def _unknown(name: str, value: Any, allowed: tuple[Any, ...]) -> ValueError:
 
 def _scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
     def original() -> int:
-        return integer(rope, "original_max_position_embeddings", max_positions)
+        found = integer(rope, "original_max_position_embeddings", max_positions)
+        if found < 2:
+            raise ValueError(f"config.json: original_max_position_embeddings={found} must be above 1; correct it.")
+        return found
 
     match rope["rope_type"]:
         case "llama3":
@@ -157,19 +160,21 @@ def _scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
         case "linear":
             return LinearRopeScaling(factor=number(rope, "factor"))
         case "yarn":
-            factor = number(rope, "factor", max_positions / original())
-            both = number(rope, "mscale", 0.0), number(rope, "mscale_all_dim", 0.0)
-            size = _yarn_size(factor, both[0]) / _yarn_size(factor, both[1]) if all(both) else _yarn_size(factor, 1.0)
+            factor = positive(rope, "factor", max_positions / original())
+            size = _yarn_size(factor, 1.0)
+            if rope.get("mscale") and rope.get("mscale_all_dim"):
+                size = _yarn_size(factor, positive(rope, "mscale"))
+                size /= _yarn_size(factor, positive(rope, "mscale_all_dim"))
             return YarnRopeScaling(
                 factor=factor,
                 original_max_positions=original(),
                 attention_factor=number(rope, "attention_factor", size),
                 beta_fast=number(rope, "beta_fast", 32.0),
                 beta_slow=number(rope, "beta_slow", 1.0),
-                truncate=rope.get("truncate", True) is not False,
+                truncate=rope.get("truncate") is None or flag(rope, "truncate"),
             )
         case "longrope":
-            factor = number(rope, "factor", max_positions / original())
+            factor = positive(rope, "factor", max_positions / original())
             size = math.sqrt(1 + math.log(factor) / math.log(original())) if factor > 1 else 1.0
             return LongRopeScaling(
                 short_factor=_numbers(rope, "short_factor"),

@@ -1,5 +1,6 @@
 """Values of a config.json, checked one by one: what is no number, or no switch, is refused by its name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,14 @@ def number(raw: Mapping[str, Any], name: str, default: float | None = None) -> f
         return float(value)
     except OverflowError:
         raise ValueError(f"config.json: {name} has {len(str(value))} digits; correct it.") from None
+
+
+def positive(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """Returns a positive, finite number of config.json, as `number` does."""
+    value = number(raw, name, default)
+    if not 0 < value < math.inf:
+        raise ValueError(f"config.json: {name}={value!r} must be a positive number; take the file of the weights.")
+    return value
 
 
 def integer(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -106,6 +106,20 @@ def test_one_run_by_two_processes_then_four_then_one(flags, tmp_path, capsys):
     np.testing.assert_allclose([found[s] for s in found], [expected[s] for s in found], rtol=1e-3)  # Adam amplifies
 
 
+def test_two_processes_validate_as_one_does(flags, tmp_path):
+    validated = [*flags, "--steps", 9, "--holdout", 4, "--eval-every", 3, "--keep-best"]
+    assert code_of([*validated, "--run-dir", tmp_path / "one"]) == 0
+    with processes([*validated, "--run-dir", tmp_path / "two", "--mesh", "data=2,fsdp=2"], 2, devices=2) as started:
+        told = [process.communicate(timeout=300) for process in started]
+        assert [process.returncode for process in started] == [0, 0], told
+    one, two = (
+        [line["validation"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "validation" in line]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 3
+    np.testing.assert_allclose([each["loss"] for each in two], [each["loss"] for each in one], rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("extra", "told"),
     [

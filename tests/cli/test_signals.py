@@ -79,6 +79,15 @@ def test_a_signal_that_is_ignored_stays_ignored(train_flags, tmp_path):
     assert "Trained 60 steps" in out
 
 
+@pytest.fixture
+def hangups():
+    """Lets SIGHUP end processes: it is ignored under nohup, and what is ignored stays so in a child."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 def test_signals_stop_cleanly_and_resume_is_exact(train_flags, tmp_path):
     flags = [*train_flags, "--steps", 120, "--dropout", 0.1]
     whole, run = tmp_path / "whole", tmp_path / "run"

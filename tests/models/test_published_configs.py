@@ -1,11 +1,16 @@
 """Published config.json files, their fields restated: each is read, and gives the published number of parameters."""
 
+import contextlib
+import json
+
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
 from stable_lora_jax.models import Decoder, LongRopeScaling, config_from_hf
 from stable_lora_jax.models.hf_config import config_to_hf
+from tests import fuzzing
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 SAVED = {"torch_dtype": "bfloat16", "transformers_version": "4.50.0", "use_cache": True, "initializer_range": 0.02}
@@ -108,6 +113,17 @@ def test_published_files_are_read(published, parameters):
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder))) == parameters
     assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["as published", "as written here"])
+@pytest.mark.filterwarnings("ignore:config.json. attention_dropout:UserWarning")
+def test_a_damaged_one_is_an_error_with_a_message(written):
+    for published in (QWEN3, MISTRAL, MINISTRAL, SMOLLM3, OLMO2, GRANITE, GEMMA3, GEMMA3_SMALL, PHI3, PHI4_MINI):
+        whole = json.dumps(config_to_hf(config_from_hf(published)) if written else published).encode()
+        for seed in range(150):
+            with contextlib.suppress(ValueError):  # also of json
+                if isinstance(raw := json.loads(fuzzing.damage_json(np.random.default_rng(seed), whole)), dict):
+                    config_to_hf(config_from_hf(raw))
 
 
 def test_what_they_say_is_what_is_computed():
