@@ -50,12 +50,16 @@ def compilation_cache(folder: Path, limit: int = LIMIT) -> Iterator[None]:
         for entry in _entries(shared):
             with contextlib.suppress(OSError):  # another process deleted it just now
                 os.link(entry, private / entry.name)
+        # XLA's own caches lie below the private folder, whose path would then be a part of JAX's keys.
+        xla_caches = jax.config.jax_persistent_cache_enable_xla_caches
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         jax.config.update("jax_compilation_cache_dir", str(private))
         jax_cache.reset_cache()
         try:
             yield
         finally:
             jax.config.update("jax_compilation_cache_dir", None)
+            jax.config.update("jax_persistent_cache_enable_xla_caches", xla_caches)
             jax_cache.reset_cache()
             _publish(private, shared, limit)
     shutil.rmtree(private, ignore_errors=True)
