@@ -11,6 +11,7 @@ from stable_lora_jax.data import (
     Question,
     digest,
     encode_all,
+    load_hub,
     load_jsonl,
     load_task,
     load_tokenizer,
@@ -41,7 +42,8 @@ class EvalConfig:
     adapter: Path | None = None
     """A run directory, a PEFT directory or an adapter file; the base model alone if not given."""
     data: str = "arc_easy"
-    """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag) or a .jsonl file of questions."""
+    """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag), a .jsonl file of questions, or
+    hub:OWNER/NAME."""
     split: str = "validation"
     """Of a task: train, validation, test, or holdout, those of the training questions that the adapter's run kept out.
     A file is scored whole, or its holdout."""
@@ -73,6 +75,8 @@ def eval_command(config: EvalConfig) -> Evaluation:
         items = _held_out(config)
     elif config.data in TASKS:
         items = load_task(config.data, config.split, source=config.source)
+    elif config.data.startswith("hub:"):
+        items = load_hub(config.data, config.split, {})
     elif config.split != EvalConfig.split:
         raise ValueError(f"split={config.split!r} is for tasks; {config.data} is scored whole. Leave --split out.")
     else:
