@@ -81,10 +81,12 @@ def test_a_conversation_is_learnt_validated_and_asked(run, model, data, tmp_path
     assert capsys.readouterr().out == answer[: answer.index(answer[1])] + "\n"
 
 
-def test_what_eval_says_of_conversations(run, data, capsys):
+def test_what_conversations_are_not_for(run, model, data, tmp_path, capsys):
     assert code_of(["eval", "--adapter", run, "--data", data]) == 2
     assert "eval needs questions" in capsys.readouterr().err
-    assert code_of(["train", "--data", data, "--loss", "choices", "--print-config"]) == 0
+    chosen = ["train", "--model", model, "--data", data, "--loss", "choices", "--run-dir", tmp_path / "run"]
+    assert code_of(chosen) == 2
+    assert "contains conversations. Leave --loss out for them" in capsys.readouterr().err
 
 
 def test_too_long_ones_are_refused_cut_or_skipped(model, data, tmp_path, capsys):

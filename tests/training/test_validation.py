@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from stable_lora_jax.data import Batch, TrainBatches, make_batch, right_branch_only
-from stable_lora_jax.lora import lora_modules
 from stable_lora_jax.training import Validation, make_loss, make_mesh, make_optimizer, newest_step, read_metrics, train
 from tests.training.tiny_runs import adapted, naive_log_likelihoods, questions, trees_equal
 
@@ -82,13 +81,12 @@ def test_patience_ends_the_run_and_resuming_it_changes_nothing(tmp_path):
     assert (resumed.steps, resumed.best_step) == (result.steps, result.best_step)
     assert trees_equal(*(nnx.state(each, nnx.LoRAParam) for each in (model, again)))
     # Stopped after three steps, and resumed: the same validations and the same end.
-    begun, _ = run(tmp_path / "begun", validation, keep_best=True, steps=3)
+    run(tmp_path / "begun", validation, keep_best=True, steps=3)
     other, result_again = run(tmp_path / "begun", validation, keep_best=True, resume=True)
     assert measured(tmp_path / "begun") == measured(tmp_path / "run")
     assert result_again.best_step == result.best_step
     assert trees_equal(*(nnx.state(each, nnx.LoRAParam) for each in (model, other)))
     assert newest_step(tmp_path / "begun" / "checkpoints") == result.steps
-    assert begun is not other
 
 
 def test_on_a_mesh(tmp_path):
@@ -97,7 +95,6 @@ def test_on_a_mesh(tmp_path):
     run(tmp_path / "eight", validation, steps=3, mesh=make_mesh(2, 2, 2))
     one, eight = (measured(tmp_path / name)[3] for name in ("one", "eight"))
     assert one["loss"] == pytest.approx(eight["loss"], abs=1e-4)
-    assert lora_modules(adapted())
 
 
 @pytest.mark.parametrize(
