@@ -1,5 +1,6 @@
 """Figures of a run, from its metrics.jsonl alone: how each pair's norms and gap move, and where it becomes stable."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from stable_lora_jax.extras import needs
+from stable_lora_jax.locations import location
 from stable_lora_jax.training.metrics import stop_steps
 from stable_lora_jax.training.run_directory import RunDirectory
 
@@ -36,8 +38,11 @@ def save_figures(runs: Sequence[Path], out: Path | None = None, file_format: str
     losses = plot_losses(labels)
     figures[(out or runs[0]) / f"losses.{file_format}"] = losses
     for path, figure in figures.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        file = location(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=150, format=file_format)
+        file.write_bytes(content.getvalue())
     return list(figures)
 
 

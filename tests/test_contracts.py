@@ -9,7 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "stable_lora_jax"
 
-# part of the package -> the parts of it that it may import. Everything may import `extras`.
+# Small files that stand below all parts, and that everything may import.
+BELOW = {"extras", "locations"}
+
+# part of the package -> the parts of it that it may import.
 ALLOWED = {
     "optim": set(),
     "assets": set(),
@@ -40,10 +43,10 @@ def files(folder: str) -> list[Path]:
 
 
 def part_of(file: Path) -> str:
-    """Returns the part of the package that a file belongs to; nothing for __init__ and extras."""
+    """Returns the part of the package that a file belongs to; nothing for __init__ and what is below all parts."""
     relative = file.relative_to(ROOT / PACKAGE)
     part = relative.parts[0].removesuffix(".py")
-    return part if part not in ("__init__", "extras") else ""
+    return part if part not in {"__init__", *BELOW} else ""
 
 
 @pytest.mark.parametrize("part", ALLOWED)
@@ -58,7 +61,7 @@ def test_a_part_imports_what_it_may(part: str) -> None:
             parts = module.split(".")[1:2] or [name for name in names if name in ALLOWED]
             if part == "optim" and not parts:
                 continue
-            wrong = set(parts) - ALLOWED[part] - {part, "extras"}
+            wrong = set(parts) - ALLOWED[part] - {part, *BELOW}
             assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}; {part} may import {sorted(ALLOWED[part])}"
 
 

@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from stable_lora_jax.training import (
                 CheckpointError,
                 LostProcessError,
+                LostRunError,
                 NonFiniteLossError,
                 compilation_cache,
             )
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         with compilation_cache(cache_dir() / "compiled"):
             result = commands[type(config)][1](config)
-    except (ValueError, OSError, NonFiniteLossError, LostProcessError, CheckpointError) as error:
+    except (ValueError, OSError, NonFiniteLossError, LostProcessError, LostRunError, CheckpointError) as error:
         print("\n".join([f"stable-lora: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr, flush=True)
         if isinstance(error, LostProcessError):
             sys.stdout.flush()

@@ -30,6 +30,7 @@ from stable_lora_jax.finetune import (
     record_of,
     training_items,
 )
+from stable_lora_jax.locations import check_local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class EvalConfig:
     """Write the figures to this JSON file too."""
 
     def __post_init__(self):
+        check_local(output=self.output)
         check_choice("dtype", self.dtype, tuple(DTYPES))
         if self.prompt_format is not None:
             check_choice("prompt_format", self.prompt_format, PROMPT_FORMATS)

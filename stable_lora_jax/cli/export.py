@@ -9,6 +9,7 @@ import tyro
 
 from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.finetune import HUB_NAMES, adapter_file, base_of, check_choice, load_with_adapter, record_of
+from stable_lora_jax.locations import check_local
 from stable_lora_jax.lora import TARGETS, AdapterSpec, merge_lora, read_adapter_spec, save_peft
 from stable_lora_jax.models import huggingface_module, save_huggingface
 
@@ -35,6 +36,7 @@ class ExportConfig:
     """merged: of the weights, float32 or bfloat16."""
 
     def __post_init__(self):
+        check_local(out=self.out)
         check_choice("format", self.format, ("peft", "merged"))
         for other, name in (("merged", "base"), ("peft", "dtype")):
             if self.format == other and getattr(self, name) != getattr(ExportConfig, name):

@@ -10,6 +10,7 @@ import jax
 
 from stable_lora_jax.data import end_of_turn, has_chat_template, load_prompts, load_tokenizer, render_chat
 from stable_lora_jax.finetune import base_of, load_with_adapter, quantization, record_of
+from stable_lora_jax.locations import check_local
 from stable_lora_jax.models import generate, stream
 
 _BATCH = 8  # prompts of a file that are answered together
@@ -51,6 +52,7 @@ class GenerateConfig:
     """int8, nf4 or none; as the run was trained if not given, none without one."""
 
     def __post_init__(self):
+        check_local(prompts=self.prompts)
         if (self.prompt is None) == (self.prompts is None):
             raise ValueError("Give --prompt with a text, or --prompts with a file.")
         if not all(self.stop):

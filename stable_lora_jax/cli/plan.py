@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from stable_lora_jax.finetune import DTYPES, check_choice, parse_mesh
+from stable_lora_jax.locations import check_local
 from stable_lora_jax.models import DecoderConfig, config_from_hf
 from stable_lora_jax.models.huggingface import read_json
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
@@ -52,6 +53,7 @@ class PlanConfig:
     """Write the plan to this JSON file too."""
 
     def __post_init__(self):
+        check_local(json=self.json)
         check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, tuple(DTYPES))
         if (self.price_per_chip_hour is None) != (self.steps is None):

@@ -19,6 +19,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from stable_lora_jax.finetune import options_of
+from stable_lora_jax.locations import check_local, location
 from stable_lora_jax.plots import plot_losses, plot_norms, run_labels
 from stable_lora_jax.training import RunDirectory, stop_steps
 
@@ -40,6 +41,7 @@ class WatchConfig:
     """Write a page with the figures to this file too, anew at every look; it needs no other file."""
 
     def __post_init__(self):
+        check_local(html=self.html)
         if not self.every > 0:
             raise ValueError(f"every={self.every} is not a positive number of seconds.")
         if not self.runs:
@@ -48,7 +50,7 @@ class WatchConfig:
 
 def watch_command(config: WatchConfig) -> None:
     """Runs `stable-lora watch`; see `WatchConfig`."""
-    if missing := [str(run) for run in config.runs if not run.is_dir()]:
+    if missing := [str(run) for run in config.runs if not location(run).is_dir()]:
         raise ValueError(
             f"There is no run directory {', '.join(missing)}. Give the one that `stable-lora train` was given."
         )

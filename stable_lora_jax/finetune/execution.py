@@ -1,10 +1,10 @@
 """How a run is carried out, as opposed to what is computed: all of it may differ when a run is resumed."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stable_lora_jax.locations import is_url, location
 from stable_lora_jax.training import check_intervals, check_logger
 from stable_lora_jax.training.sharding import AXES
 
@@ -18,7 +18,7 @@ class ExecutionConfig:
     print_config: bool = False
     """Print every option as such a file, and end."""
     run_dir: Path | None = None
-    """Where the run goes; runs/DATA-METHOD-SEED if not given."""
+    """Where the run goes, a folder or gs://BUCKET/...; runs/DATA-METHOD-SEED if not given."""
     resume: bool = False
     """Resume from the newest checkpoint of the run."""
     auto_resume: bool = False
@@ -54,11 +54,13 @@ class ExecutionConfig:
     """Seconds of silence after which a process counts as lost and the others end."""
 
     def __post_init__(self):
-        if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.run_dir)):  # of gs://bucket, a Path keeps one slash
+        if is_url(self.run_dir) and "tensorboard" in self.log:
             raise ValueError(
-                f"run_dir={self.run_dir} is a URL; it would become a local folder. Give a directory in a file system "
-                "that all hosts share."
+                f"log='tensorboard' writes to a folder, and {self.run_dir} is none. Use wandb, or a --run-dir in a "
+                "file system."
             )
+        if self.run_dir is not None:
+            location(self.run_dir)  # refuses what it cannot be
         for name in self.log:
             check_logger(name)
         check_intervals(norms_every=self.norms_every, save_every=self.save_every)

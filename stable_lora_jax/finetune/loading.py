@@ -14,6 +14,7 @@ from stable_lora_jax.finetune.config import (
     numbers_by_module,
     options_of,
 )
+from stable_lora_jax.locations import Location, location
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, quantize_linears, read_adapter_spec, same_base
 from stable_lora_jax.lora.peft_directory import CONFIG as PEFT_CONFIG
 from stable_lora_jax.models import Decoder, huggingface_module, load_model
@@ -56,13 +57,13 @@ def record_of(adapter: Path | None) -> dict[str, Any]:
     return RunDirectory(adapter_file(adapter).parent).record()
 
 
-def adapter_file(adapter: Path) -> Path:
+def adapter_file(adapter: Location) -> Location:
     """Returns the file of an adapter that may be given as its run directory.
 
     Raises:
       ValueError: the run has not come to its end.
     """
-    run = RunDirectory(adapter)
+    run, adapter = RunDirectory(adapter), location(adapter)
     if run.is_started:
         raise ValueError(
             f"The run in {adapter} has no adapter yet: it was stopped, or still trains. Resume it by `train "

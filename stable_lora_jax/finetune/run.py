@@ -97,8 +97,8 @@ def finetune(config: RunConfig) -> TrainResult:
         sign_in(name)
     wait_for_all("every process has accepted all of the above")  # nothing is deleted before
     with directory.exclusive_lock() if is_first() else contextlib.nullcontext():
-        if is_first() and not resume:
-            directory.prepare(written, data, seen, **asked)
+        if is_first():
+            directory.own() if resume else directory.prepare(written, data, seen, **asked)
         wait_for_all("the run directory is there")
         result = train(
             model,
@@ -119,6 +119,7 @@ def finetune(config: RunConfig) -> TrainResult:
             validation=validation,
         )
         if is_first() and not result.stopped_by:
+            directory.check_owner()
             save_adapter(directory.adapter, model, config.model.name)
     wait_for_all("the adapter is written")
     return result

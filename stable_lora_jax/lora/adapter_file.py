@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from stable_lora_jax.locations import Location, local_copy, location, write_whole
 from stable_lora_jax.lora.injection import lora_modules
 
 _KEY = "stable_lora_jax"
@@ -77,11 +78,11 @@ def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
     )
 
 
-def save_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
+def save_adapter(path: str | Location, model: nnx.Module, base: str) -> None:
     """Writes the adapters of `model` to a safetensors file with keys ``<dotted path>.lora_a`` and ``.lora_b``.
 
     Args:
-      path: file to write; its folder is made, and the file appears whole or not at all.
+      path: file to write, also gs://BUCKET/...; its folder is made, and the file appears whole or not at all.
       model: a model with adapters.
       base: name of the base model they belong to.
 
@@ -90,23 +91,21 @@ def save_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
     """
     spec = adapter_spec(model, base)
     tensors = {key: np.asarray(matrix[...]) for key, matrix in _matrices(model).items()}
-    path = Path(path)
+    path = location(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(save(tensors, metadata={_KEY: json.dumps(asdict(spec))}))
-    partial.replace(path)
+    write_whole(path, save(tensors, metadata={_KEY: json.dumps(asdict(spec))}))
 
 
-def read_adapter_spec(path: str | Path) -> AdapterSpec:
+def read_adapter_spec(path: str | Location) -> AdapterSpec:
     """Returns what an adapter file was trained as, without reading its matrices.
 
     Raises:
       ValueError: no such file, or a file that is no adapter of ours.
     """
-    if not Path(path).is_file():
+    if not location(path).is_file():
         raise ValueError(f"There is no adapter file {path}. Give a run directory, or the .safetensors file of one.")
     try:
-        with safe_open(path, framework="numpy") as file:
+        with local_copy(path) as copy, safe_open(copy, framework="numpy") as file:
             metadata = (file.metadata() or {}).get(_KEY)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); it may be truncated.") from error
@@ -129,7 +128,7 @@ def read_adapter_spec(path: str | Path) -> AdapterSpec:
     return spec
 
 
-def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
+def load_adapter(path: str | Location, model: nnx.Module, base: str) -> None:
     """Fills the adapters of `model` from a file that was saved from the same base, rank, alpha and targets.
 
     Args:
@@ -153,7 +152,7 @@ def load_adapter(path: str | Path, model: nnx.Module, base: str) -> None:
         )
     slots = _matrices(model)
     try:
-        with safe_open(path, framework="numpy") as file:
+        with local_copy(path) as copy, safe_open(copy, framework="numpy") as file:
             tensors = {key: file.get_tensor(key) for key in slots}
     except SafetensorError as error:
         raise ValueError(f"{path} lacks what its targets name ({error}). Copy it again from its run.") from error

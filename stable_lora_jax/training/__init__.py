@@ -11,7 +11,7 @@ with needs("train"):
     from stable_lora_jax.training.loss import LOSSES, Loss, make_loss
     from stable_lora_jax.training.methods import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
     from stable_lora_jax.training.metrics import MetricsFile, read_metrics, stop_steps
-    from stable_lora_jax.training.run_directory import RunDirectory
+    from stable_lora_jax.training.run_directory import LostRunError, RunDirectory
     from stable_lora_jax.training.sharding import make_mesh
     from stable_lora_jax.training.step import (
         Frozen,
@@ -36,6 +36,7 @@ __all__ = [
     "Frozen",
     "Loss",
     "LostProcessError",
+    "LostRunError",
     "MetricsFile",
     "NonFiniteLossError",
     "RunDirectory",

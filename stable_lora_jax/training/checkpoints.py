@@ -1,22 +1,24 @@
 """Checkpoints of a run, kept by Orbax: adapters, optimizer state (flags included) and step. Never the base model.
 
 A folder named by a number is a whole checkpoint at all times: it is written under another name and renamed when it is
-complete, and renamed again before it is deleted. So a process may be killed at any moment.
+complete, and renamed again before it is deleted. So a process may be killed at any moment. A bucket has no renames:
+there a checkpoint is whole once Orbax has put its mark into it, and what has no mark is deleted.
 """
 
 import contextlib
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from stable_lora_jax.locations import Location, is_url, location
 from stable_lora_jax.training.distributed import LostProcessError, is_first
 from stable_lora_jax.training.step import TrainState
 
 _OUTDATED = "outdated"
+_MARK = "commit_success.txt"  # what Orbax writes last, in a bucket
 
 
 class CheckpointError(RuntimeError):
@@ -27,7 +29,7 @@ class Checkpoints:
     """Saves and restores the state of a run.
 
     Args:
-      directory: where checkpoints live, one folder a step.
+      directory: where checkpoints live, one folder a step; in a file system, or gs://BUCKET/...
       keep: how many of the newest to keep, >= 1.
       keep_best: keep the one of lowest loss too.
 
@@ -36,10 +38,10 @@ class Checkpoints:
       CheckpointError: the directory cannot be made or read.
     """
 
-    def __init__(self, directory: Path, keep: int, keep_best: bool = False):
+    def __init__(self, directory: Location, keep: int, keep_best: bool = False):
         if keep < 1:
             raise ValueError(f"keep={keep} is below 1. Keep at least the newest checkpoint.")
-        self._directory, self._failed = directory.absolute(), False
+        self._directory, self._failed = location(directory if is_url(directory) else directory.absolute()), False
         policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
         if keep_best:
             best = preservation_policy.BestN(  # it keeps the highest
@@ -56,6 +58,7 @@ class Checkpoints:
             if is_first():
                 self._directory.mkdir(parents=True, exist_ok=True)
             self._delete(f"*{ocp.utils.TMP_DIR_SUFFIX}*", _OUTDATED)
+            self._delete_unfinished()
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
             )
@@ -144,7 +147,7 @@ class Checkpoints:
         with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
             self._manager.close()
 
-    def _check_structure(self, folder: Path, step: int, target: dict[str, object]) -> None:
+    def _check_structure(self, folder: Location, step: int, target: dict[str, object]) -> None:
         saved = self._manager.item_metadata(step)
         found, wanted = _leaves(saved.tree if hasattr(saved, "tree") else saved), _leaves(target)
         if found == wanted:
@@ -164,6 +167,13 @@ class Checkpoints:
         for path in (path for pattern in patterns for path in self._directory.glob(pattern) if is_first()):
             # What cannot be deleted now (a save that failed may still be at work there) is no checkpoint either way.
             shutil.rmtree(path, ignore_errors=True)
+
+    def _delete_unfinished(self) -> None:
+        """Deletes what a save that was killed left in a bucket."""
+        if is_url(self._directory) and is_first():
+            for path in self._directory.glob("[0-9]*"):
+                if not _is_whole(path):
+                    path.rmtree()  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -185,7 +195,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def checkpoints(directory: Path, keep: int, keep_best: bool = False) -> Iterator[Checkpoints]:
+def checkpoints(directory: Location, keep: int, keep_best: bool = False) -> Iterator[Checkpoints]:
     """Opens a run's checkpoints, and finishes what is being saved on the way out."""
     manager = Checkpoints(directory, keep, keep_best)
     try:
@@ -203,9 +213,15 @@ def checkpoints(directory: Path, keep: int, keep_best: bool = False) -> Iterator
         manager.close()
 
 
-def newest_step(directory: Path) -> int | None:
+def newest_step(directory: Location) -> int | None:
     """Returns the step of the newest whole checkpoint in a directory, or None; without opening anything."""
-    return max((int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()), default=None)
+    found = (path for path in location(directory).glob("[0-9]*") if path.name.isdigit() and _is_whole(path))
+    return max((int(path.name) for path in found), default=None)
+
+
+def _is_whole(path: Location) -> bool:
+    """Returns whether a folder named by a number is a whole checkpoint; in a file system it always is."""
+    return not is_url(path) or (path / _MARK).exists()
 
 
 class _OtherStructureError(ValueError):

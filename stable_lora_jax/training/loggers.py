@@ -7,11 +7,11 @@ the series of their median; both are named by their path, as in "norms/layers/se
 import importlib.util
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from stable_lora_jax.locations import Location, is_url
 from stable_lora_jax.training.run_directory import RunDirectory
 
 # name -> the package it needs, which is also the name of the extra
@@ -50,7 +50,7 @@ def sign_in(name: str) -> None:
             raise ValueError(f"log='wandb': {error} Or set WANDB_MODE=offline, and `wandb sync` later.") from error
 
 
-def make_logger(name: str, run_dir: Path, resume_step: int) -> Logger:
+def make_logger(name: str, run_dir: Location, resume_step: int) -> Logger:
     """Returns a logger by name.
 
     Args:
@@ -69,7 +69,7 @@ def make_logger(name: str, run_dir: Path, resume_step: int) -> Logger:
 class _TensorBoard:
     """Event files in run_dir/tensorboard."""
 
-    def __init__(self, run_dir: Path, resume_step: int):
+    def __init__(self, run_dir: Location, resume_step: int):
         from tensorboardX import SummaryWriter
 
         purge = resume_step + 1 if resume_step else None
@@ -87,9 +87,9 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run in run_dir/wandb; WANDB_MODE=offline keeps it there until `wandb sync`."""
+    """A run in run_dir/wandb (wandb/ of the working directory if that is in a bucket); see also WANDB_MODE=offline."""
 
-    def __init__(self, run_dir: Path, resume_step: int):
+    def __init__(self, run_dir: Location, resume_step: int):
         import wandb
 
         identity = run_dir / "wandb-id"
@@ -99,7 +99,7 @@ class _WeightsAndBiases:
         self._run = wandb.init(
             project="stable-lora-jax",
             name=run_dir.name,
-            dir=run_dir,
+            dir=None if is_url(run_dir) else run_dir,
             id=identity.read_text(),
             resume="allow" if resume_step else None,
             config=RunDirectory(run_dir).record(),

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from stable_lora_jax.data import BatchRows, TrainBatches, prefetch
+from stable_lora_jax.locations import Location
 from stable_lora_jax.models import Decoder
 from stable_lora_jax.optim import (
     LoraRiteState,
@@ -88,7 +88,7 @@ def train(
     loss: Loss,
     total_steps: int,
     learning_rate: optax.Schedule,
-    run_dir: Path,
+    run_dir: Location,
     mesh: Mesh | None = None,
     accumulate: int = 1,
     norms_every: int = 10,
@@ -113,7 +113,7 @@ def train(
       loss: from `make_loss`.
       total_steps: steps of the whole run, also when it is resumed.
       learning_rate: by step, for the metrics.
-      run_dir: gets metrics.jsonl and checkpoints/.
+      run_dir: gets metrics.jsonl and checkpoints/; a folder, or gs://BUCKET/...
       mesh: from `make_mesh`; one device if None.
       accumulate: parts that each batch is processed in, each of them split over the mesh.
       norms_every: steps between two records of all pairs' norms, and of what the step added (`update_terms`).
@@ -131,6 +131,7 @@ def train(
       NonFiniteLossError: see above.
       CheckpointError: a checkpoint could not be written; raised at the first step after it failed.
       LostProcessError: another process has ended.
+      LostRunError: another process has resumed or replaced the run (in a bucket, which has no locks).
       ValueError: nothing to resume from, a checkpoint of something else or a damaged one, checkpoints of another run
         in `run_dir`, a batch that does not split into parts or over the mesh, a mesh that does not divide the model, or
         a number of steps below 1.
@@ -164,8 +165,8 @@ def train(
         with bar, ExitStack() as opened:
             files: list[Logger] = []
             if is_first():
-                files += [MetricsFile(directory.metrics_file, start)]
-                files += [make_logger(name, run_dir, start) for name in loggers]
+                files += [MetricsFile(directory.metrics_file, start, directory.check_owner)]
+                files += [make_logger(name, directory.path, start) for name in loggers]
             for file in files:
                 opened.enter_context(closing(file))
             check = partial(check_finite, kept=saved.latest_step)
@@ -185,16 +186,19 @@ def train(
                     now = record.validate(index + 1, validation, join_model(graph, state.adapters, frozen))
                     validated.append(now.loss)
                     if keep_best:
+                        record.sync()
                         saved.save(state, now.loss)
                     if validation.is_over(validated):
                         break
                 if (index + 1) % save_every == 0 and index + 1 < total_steps:
+                    record.sync()
                     saved.save(state, None if validation else record.mean_loss())
                 number = told_to_stop(received[0] if received else 0)
                 if number and index + 1 < total_steps:
                     stopped_by = signal.Signals(number)
                     break
             mean_loss = record.mean_loss()
+            record.sync()
         saved.save(state, None if validation else mean_loss)
         steps, best = int(state.step), None
         if validation and keep_best and not stopped_by and (best := saved.best_step()) not in (None, steps):
@@ -283,6 +287,13 @@ class _Record:
             told["validation"] = f"{self.validated.loss:.3f}"
         self.bar.set_postfix({"loss": f"{self.loss:.3f}", "tok/s": f"{rate:.0f}", **told}, refresh=False)
         self.bar.update()
+
+    def sync(self) -> None:
+        """Writes what is waiting, to where a checkpoint that follows finds it."""
+        self.flush()
+        for file in self.files:
+            if isinstance(file, MetricsFile):
+                file.sync()
 
     def validate(self, step: int, validation: Validation, model: Decoder) -> Validated:
         """Validates the model of a step, writes what was measured, and returns it."""

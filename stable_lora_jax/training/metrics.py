@@ -6,14 +6,21 @@ norm_b, gap, delta_1, delta_2, delta_3}}}`` every few steps, each a list over th
 see `update_terms`, only after a step), and with LoRA-RITE ``{"step", "lora_rite": {clip_factor, skipped_a,
 skipped_b}}``; ``{"step", "validation": {"loss", "accuracy"}}`` at every validation, the accuracy of questions alone.
 What is not finite (the gap while B = 0) is null.
+
+Nothing can be appended in a bucket: there the whole file is written anew, every half minute and before a checkpoint.
 """
 
 import json
 import math
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from stable_lora_jax.locations import Location, is_url, location, write_whole
+
+_SECONDS = 30  # between two writes of a file in a bucket
 
 
 class MetricsFile:
@@ -22,31 +29,51 @@ class MetricsFile:
     Args:
       path: the file.
       resume_step: keep existing lines up to this step; 0 starts anew.
+      check: called before a file in a bucket is written; raises where that must not be.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0):
+    def __init__(self, path: Location, resume_step: int = 0, check: Callable[[], None] = lambda: None):
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._path, self._check = location(path), check
+        self._text = "".join(json.dumps(line) + "\n" for line in kept)
+        self._check()
+        write_whole(self._path, self._text.encode())
+        self._written, self._time = len(self._text), time.monotonic()
+        self._file = None if is_url(self._path) else self._path.open("a", buffering=1)
 
     def write(self, **values: Any) -> None:
         """Appends one line; arrays become lists, non-finite numbers null."""
-        self._file.write(json.dumps(_plain(values)) + "\n")
+        line = json.dumps(_plain(values)) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            return
+        self._text += line
+        if time.monotonic() - self._time > _SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Makes sure that every line is in the file."""
+        if self._file is None and self._written < len(self._text):
+            self._check()
+            write_whole(self._path, self._text.encode())
+            self._written, self._time = len(self._text), time.monotonic()
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Writes what is not written yet, and closes the file."""
+        self.sync()
+        if self._file is not None:
+            self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Location) -> list[dict[str, Any]]:
     """Returns the lines of a metrics file; a last line cut short by a kill is left out.
 
     Raises:
       ValueError: another line is damaged.
     """
-    texts, lines = path.read_text(errors="replace").splitlines() if path.exists() else [], []
+    path = location(path)
+    texts = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    lines = []
     for number, text in enumerate(texts, start=1):
         try:
             lines.append(dict(json.loads(text)))

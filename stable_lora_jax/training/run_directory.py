@@ -10,11 +10,17 @@
 The directory itself is never deleted: it may be a link or a mount. A run owns it once it has made checkpoints/ there,
 which only one of those that start at once can. config.json stays until the next one takes its place, so that a start
 that is killed leaves what may be started over. While a run is carried out, `exclusive_lock` keeps others out.
+
+A bucket (gs://) has neither folders of its own nor locks. There a run belongs to the process that config.json names,
+which is the one that started or resumed it last: another looks before each of its writes (`check_owner`) and ends.
 """
 
 import contextlib
 import json
+import os
 import shutil
+import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from stable_lora_jax.locations import Location, is_url, location, write_whole
 from stable_lora_jax.training.checkpoints import newest_step
 from stable_lora_jax.training.metrics import read_metrics
 from stable_lora_jax.training.provenance import commit, versions
@@ -30,12 +37,18 @@ _CONFIG = "config.json"
 _ADAPTER = "adapter.safetensors"
 _CHECKPOINTS = "checkpoints"
 _METRICS = "metrics.jsonl"
-_PARTIAL = ".config.json.partial"
+_PARTIAL = f"{_CONFIG}.partial"
 _LOCK = ".lock"
 # What counts as nothing there.
 _NOTHING = {_PARTIAL, _LOCK}
 # What a start writes itself, next to config.json: nothing worth keeping without a checkpoint.
 _STARTED = {_CHECKPOINTS, _PARTIAL, _METRICS, f"{_METRICS}.partial", "tensorboard"}
+# This process, in the config.json of a run that it owns.
+_OWNER = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
+
+
+class LostRunError(RuntimeError):
+    """Another process has taken over the run; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -43,28 +56,39 @@ class RunDirectory:
     """A run's directory, whether it exists or not.
 
     Args:
-      path: of the directory, on a file system that all processes of the run share.
+      path: of the directory, in a file system that all processes of the run share, or gs://BUCKET/...
+
+    Raises:
+      ValueError: another kind of URL, or the package for it is missing.
     """
 
-    path: Path
+    path: Location
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", location(self.path))
 
     @property
-    def config_file(self) -> Path:
+    def is_remote(self) -> bool:
+        """Whether the run lives in a bucket."""
+        return is_url(self.path)
+
+    @property
+    def config_file(self) -> Location:
         """The configuration."""
         return self.path / _CONFIG
 
     @property
-    def metrics_file(self) -> Path:
+    def metrics_file(self) -> Location:
         """What was measured, a line at a time."""
         return self.path / _METRICS
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Location:
         """The folder of checkpoints."""
         return self.path / _CHECKPOINTS
 
     @property
-    def adapter(self) -> Path:
+    def adapter(self) -> Location:
         """The trained adapter."""
         return self.path / _ADAPTER
 
@@ -76,7 +100,8 @@ class RunDirectory:
     @property
     def is_started(self) -> bool:
         """Whether there are checkpoints, or a place for them, and no result yet."""
-        return self.checkpoints.is_dir() and not self.is_finished
+        begun = self.config_file.is_file() if self.is_remote else self.checkpoints.is_dir()
+        return begun and not self.is_finished
 
     def newest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, None if there is none."""
@@ -103,8 +128,10 @@ class RunDirectory:
                 "copy, or start the run again with --overwrite."
             ) from error
 
-    def last_start(self) -> tuple[int | None, ...]:
+    def last_start(self) -> tuple[int | str | None, ...]:
         """Returns what changes when a run begins in this directory."""
+        if self.is_remote:
+            return (self.record().get("owner"),)
         marks = (self.config_file, self.checkpoints)
         return tuple(path.stat().st_mtime_ns if path.exists() else None for path in marks)
 
@@ -144,7 +171,7 @@ class RunDirectory:
                 )
             if resume or self.newest_step() is not None:
                 return True
-        left = {path.name for path in self.path.iterdir()} - _NOTHING if self.path.exists() else set()
+        left = {path.name for path in self._entries()} - _NOTHING
         if overwrite and not _is_a_run(left):
             raise ValueError(
                 f"The run directory {self.path} contains {len(left)} entries but no run: neither {_ADAPTER} nor both "
@@ -161,9 +188,14 @@ class RunDirectory:
     def exclusive_lock(self) -> Iterator[None]:
         """Makes the directory if need be, and keeps other processes out of it until the block or this process ends.
 
+        In a bucket nothing is locked; see `own`.
+
         Raises:
           ValueError: another process is in it.
         """
+        if self.is_remote:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.path / _LOCK, timeout=0):
@@ -177,7 +209,7 @@ class RunDirectory:
         self,
         config: Mapping[str, Mapping[str, Any]],
         data: Mapping[str, Any],
-        seen: tuple[int | None, ...],
+        seen: tuple[int | str | None, ...],
         *,
         auto_resume: bool,
         overwrite: bool,
@@ -201,25 +233,55 @@ class RunDirectory:
         if self.last_start() != seen or self.resumes(config, data, **asked):
             raise another
         self.path.mkdir(parents=True, exist_ok=True)
-        for path in list(self.path.iterdir()):
+        for path in self._entries():
             if path.name not in (_CONFIG, _LOCK) and (overwrite or (auto_resume and path.name in _STARTED)):
-                delete = shutil.rmtree if path.is_dir() and not path.is_symlink() else Path.unlink
-                delete(path)
+                _delete(path)
         try:
-            self.checkpoints.mkdir()
+            if not self.is_remote:
+                self.checkpoints.mkdir()
         except FileExistsError:
             raise another from None
         packages = versions("stable-lora-jax", "jax", "flax", "optax")
-        record = {"config": config, **data, "versions": packages, "commit": commit(Path(__file__).parent.parent)}
-        partial = self.path / _PARTIAL
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.replace(self.config_file)
+        self._write({"config": config, **data, "versions": packages, "commit": commit(Path(__file__).parent.parent)})
+
+    def own(self) -> None:
+        """Makes this process the owner of a run in a bucket that it resumes; `prepare` does so for one it starts."""
+        if self.is_remote:
+            self._write(self.record())
+
+    def check_owner(self) -> None:
+        """Raises LostRunError if a run in a bucket belongs to another process now; asks nothing of a file system."""
+        if self.is_remote and (owner := self.record().get("owner", _OWNER)) != _OWNER:
+            host, number, _ = owner.split(":")
+            raise LostRunError(
+                f"Another process has resumed or replaced the run in {self.path} (process {number} on {host}). This "
+                "one ends and writes no more there."
+            )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """Writes config.json; in a bucket with this process as the owner."""
+        owner = {"owner": _OWNER} if self.is_remote else {}
+        write_whole(self.config_file, (json.dumps(record | owner, indent=2) + "\n").encode())
+
+    def _entries(self) -> list[Location]:
+        """Returns what is in the directory; nothing if it does not exist, as an empty one in a bucket does not."""
+        return list(self.path.iterdir()) if self.path.exists() else []
 
     def _may_start_over(self, left: set[str]) -> bool:
         """Returns whether a run without a checkpoint was stopped early, by what it left (next to what others put)."""
         if _CONFIG in left:
             return _ADAPTER not in left  # else it had come to its end
         return left == {_CHECKPOINTS} and not any(self.checkpoints.iterdir())
+
+
+def _delete(path: Location) -> None:
+    """Deletes a file, a link, or a folder with all that is in it."""
+    if is_url(path):
+        path.rmtree() if path.is_dir() else path.unlink()  # pyright: ignore[reportAttributeAccessIssue]
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _is_a_run(left: set[str]) -> bool:

@@ -59,7 +59,7 @@ def flags(model_dir, data_file, tmp_path):
         ("--loss x", "invalid choice 'x' for argument '--loss'. Expected one of"),
         ("--prompt-format x", "invalid choice 'x' for argument '--prompt-format'. Expected one of"),
         ("--lam-schedule x", "invalid choice 'x' for argument '--lam-schedule'"),
-        ("--run-dir gs://bucket/run", "run_dir=gs:/bucket/run is a URL"),
+        ("--run-dir s3://bucket/run", "s3:/bucket/run is a URL"),
         ("--schedule x", "invalid choice 'x' for argument '--schedule'. Expected one of"),
         ("--dtype x", "invalid choice 'x' for argument '--dtype'. Expected one of"),
         ("--source x", "invalid choice 'x' for argument '--source'. Expected one of ('wheel', 'hub')"),

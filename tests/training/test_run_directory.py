@@ -13,7 +13,7 @@ CONFIG, DATA = {"adapter": {"rank": 2}}, {"total_steps": 6, "examples_sha256": "
 PLAIN = {"auto_resume": False, "overwrite": False}
 AUTO, OVER = PLAIN | {"auto_resume": True}, PLAIN | {"overwrite": True}
 RECORD = json.dumps({"config": CONFIG, **DATA})
-PARTIAL = ".config.json.partial"
+PARTIAL = "config.json.partial"
 
 
 def fill(directory, *names):
