@@ -79,15 +79,17 @@ def test_a_signal_that_is_ignored_stays_ignored(train_flags, tmp_path):
     assert "Trained 60 steps" in out
 
 
-@pytest.fixture
-def hangups():
-    """Lets SIGHUP end processes: it is ignored under nohup, and what is ignored stays so in a child."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+@pytest.fixture(autouse=True)
+def unignored():
+    """Lets signals end processes: nohup ignores SIGHUP, a shell's & SIGINT, and what is ignored stays so in a child."""
+    kinds = [kind for kind in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(kind) is signal.SIG_IGN]
+    for kind in kinds:
+        signal.signal(kind, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for kind in kinds:
+        signal.signal(kind, signal.SIG_IGN)
 
 
-@pytest.mark.usefixtures("hangups")
 def test_signals_stop_cleanly_and_resume_is_exact(train_flags, tmp_path):
     flags = [*train_flags, "--steps", 120, "--dropout", 0.1]
     whole, run = tmp_path / "whole", tmp_path / "run"

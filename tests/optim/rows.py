@@ -1,5 +1,9 @@
 """Every public transformation, for the tests that hold for each of them. Adding an optimizer means adding a row."""
 
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
 import optax
 
 from stable_lora_jax import (
@@ -11,6 +15,17 @@ from stable_lora_jax import (
     stable_lora,
     stable_lora_shrink,
 )
+
+
+def in_turns(*columns: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Returns the combinations of the first two columns, each with the next entry of the others in turn.
+
+    A product of all columns takes minutes; this way every entry still meets every entry of the first column.
+    """
+    first, second, *others = map(list, columns)
+    pairs = itertools.product(range(len(first)), range(len(second)))
+    return [(first[i], second[j], *(other[(i + j) % len(other)] for other in others)) for i, j in pairs]
+
 
 # name -> (transformation of a learning rate and what `find_pairs` takes, a learning rate at which it converges in 200
 # steps). LoRA-RITE runs with a limit on its steps: without one B, small and of low rank at first, throws A far away,

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stable_lora_jax import lora_rite, scale_by_lora_rite, scale_by_riemannian, stable_lora, stable_lora_shrink
-from tests.optim.rows import ROWS
+from tests.optim.rows import ROWS, in_turns
 
 rows = pytest.mark.parametrize("row", ROWS)
 
@@ -72,11 +72,15 @@ def _takes_value(tx):
     return isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("row", ["stable_lora(adamw)", "riemannian_adamw simultaneous", "lora_rite"])
-def test_wrappers_work_on_both_kinds_of_mesh(row, wrapper, jitted, axis_type, eight_devices):
+WAYS = [(True, AxisType.Auto), (False, AxisType.Explicit), (True, AxisType.Explicit), (False, AxisType.Auto)]
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "row", "way"),
+    in_turns(WRAPPERS, ["stable_lora(adamw)", "riemannian_adamw simultaneous", "lora_rite"], WAYS),
+)
+def test_wrappers_work_on_both_kinds_of_mesh(wrapper, row, way, eight_devices):
+    jitted, axis_type = way
     mesh = jax.make_mesh((8,), ("fsdp",), devices=eight_devices, axis_types=(axis_type,))
     specs = {
         "q": {"lora_a": P("fsdp"), "lora_b": P("fsdp")},
@@ -129,13 +133,15 @@ def test_updates_of_another_structure_are_refused():
         tx.update({"v": params["v"]}, tx.init(params), params)
 
 
-@rows
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_no_dtype_changes_under_x64(row, dtype):
+@pytest.mark.parametrize(
+    ("row", "dtype", "wrapper"),
+    in_turns(ROWS, [jnp.bfloat16, jnp.float32], ["apply_if_finite", "conditionally_transform"]),
+)
+def test_no_dtype_changes_under_x64(row, dtype, wrapper):
     make, rate = ROWS[row]
     with jax.enable_x64(True):
         params = adapters(dtype)
-        for wrap in (_itself, WRAPPERS["apply_if_finite"], WRAPPERS["conditionally_transform"]):
+        for wrap in (_itself, WRAPPERS[wrapper]):
             tx = wrap(make(rate))
 
             @jax.jit
