@@ -106,6 +106,8 @@ class AdapterConfig:
     """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
     """Fraction of its inputs an adapter does not see while training."""
+    use_dora: bool = False
+    """Train the magnitude of every output feature too (DoRA)."""
     a_scale: float = 1.0
     """The start of A is multiplied by it."""
 

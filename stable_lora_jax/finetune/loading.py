@@ -116,6 +116,7 @@ def load_with_adapter(
         use_rslora=spec.use_rslora,
         rank_pattern=spec.rank_pattern,
         alpha_pattern=spec.alpha_pattern,
+        use_dora=spec.use_dora,
     )
     load_adapter(file, model, name)
     if spec.base != name:
@@ -134,6 +135,7 @@ def inject_adapters(model: Decoder, adapter: AdapterConfig, seed: int) -> Decode
         use_rslora=adapter.use_rslora,
         dropout=adapter.dropout,
         a_scale=adapter.a_scale,
+        use_dora=adapter.use_dora,
         rank_pattern=numbers_by_module("rank_pattern", adapter.rank_pattern),
         alpha_pattern=numbers_by_module("alpha_pattern", adapter.alpha_pattern),
         exclude=adapter.exclude.split(",") if adapter.exclude else (),

@@ -1,4 +1,4 @@
-"""Adapter files: one safetensors file that holds the A and B matrices alone, and says what they belong to."""
+"""Adapter files: one safetensors file with the A and B matrices, DoRA's magnitudes, and what they belong to."""
 
 import json
 import re
@@ -31,6 +31,7 @@ class AdapterSpec:
       targets: dotted paths of the adapted layers.
       ranks: path -> r of the layers that have another.
       alphas: path -> alpha of the layers that have another.
+      use_dora: whether the layers have magnitudes too.
     """
 
     base: str
@@ -40,6 +41,7 @@ class AdapterSpec:
     targets: tuple[str, ...]
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -56,7 +58,7 @@ def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
     """Returns the spec of the adapters inside `model`.
 
     Raises:
-      ValueError: no adapters, or some with and some without rslora.
+      ValueError: no adapters, or some with and some without rslora, or DoRA.
     """
     modules = lora_modules(model)
     if not modules:
@@ -64,6 +66,12 @@ def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
     if len({module.use_rslora for module in modules.values()}) != 1:
         raise ValueError(
             "The model has adapters with rslora and without. An adapter file holds one kind: inject all layers alike."
+        )
+    dora = {module.magnitude is not None for module in modules.values()}
+    if len(dora) != 1:
+        raise ValueError(
+            "The model has adapters with DoRA's magnitudes and without. An adapter file holds one kind: inject all "
+            "layers alike."
         )
     rank = statistics.mode(module.rank for module in modules.values())
     alpha = statistics.mode(module.alpha for module in modules.values())
@@ -75,11 +83,12 @@ def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
         targets=tuple(modules),
         ranks={path: module.rank for path, module in modules.items() if module.rank != rank},
         alphas={path: module.alpha for path, module in modules.items() if module.alpha != alpha},
+        use_dora=dora.pop(),
     )
 
 
 def save_adapter(path: str | Location, model: nnx.Module, base: str) -> None:
-    """Writes the adapters of `model` to a safetensors file with keys ``<dotted path>.lora_a`` and ``.lora_b``.
+    """Writes the adapters of `model` to a safetensors file: ``<dotted path>.lora_a``, ``.lora_b`` and ``.magnitude``.
 
     Args:
       path: file to write, also gs://BUCKET/...; its folder is made, and the file appears whole or not at all.
@@ -120,6 +129,7 @@ def read_adapter_spec(path: str | Location) -> AdapterSpec:
             f"{path} has a header that save_adapter did not write ({type(error).__name__}: {error}). Copy it again."
         ) from error
     kinds = {"base": str, "rank": int, "alpha": int | float, "use_rslora": bool, "ranks": dict, "alphas": dict}
+    kinds["use_dora"] = bool
     wrong = [name for name, kind in kinds.items() if not isinstance(getattr(spec, name), kind)]
     others = () if wrong else (*spec.ranks.values(), *spec.alphas.values())
     numbers = all(isinstance(each, int | float) for each in others)
@@ -181,6 +191,7 @@ def same_base(one: str, other: str) -> bool:
 
 
 def _matrices(model: nnx.Module) -> dict[str, nnx.LoRAParam]:
-    """Returns key in the file -> A or B of the model."""
-    modules = lora_modules(model).items()
-    return {f"{name}.{side}": getattr(module, side) for name, module in modules for side in ("lora_a", "lora_b")}
+    """Returns key in the file -> A, B or magnitudes of the model."""
+    modules, sides = lora_modules(model).items(), ("lora_a", "lora_b", "magnitude")
+    found = {f"{name}.{side}": getattr(module, side) for name, module in modules for side in sides}
+    return {key: matrix for key, matrix in found.items() if matrix is not None}

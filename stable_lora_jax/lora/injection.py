@@ -47,6 +47,7 @@ def inject_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     exclude: Sequence[str] = (),
+    use_dora: bool = False,
 ) -> Model:
     r"""Returns `model`, changed in place: each targeted `nnx.Linear` is now a `LoRALinear` around it.
 
@@ -67,6 +68,7 @@ def inject_lora(
       rank_pattern, alpha_pattern: other ranks and alphas for some layers, as PEFT has them: a regular expression for
         a path or the ending of one after a dot -> value; the first that matches counts.
       exclude: targets that are left out, each as in a list of targets.
+      use_dora: train the magnitude of every column too (DoRA); as in `LoRALinear`.
 
     Raises:
       ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed), which holds for
@@ -109,6 +111,7 @@ def inject_lora(
             dropout=dropout,
             a_init=a_init,
             b_init=b_init,
+            use_dora=use_dora,
         )
         for path, linear in chosen.items()
     ]
@@ -122,7 +125,8 @@ def inject_lora(
 def merge_lora(model: Model) -> Model:
     """Returns `model`, changed in place: every `LoRALinear` is again a Linear, with kernel W + s A B.
 
-    The product is formed in float32 (or wider) and rounded once to the kernel's dtype.
+    With DoRA the columns of that sum are rescaled. It is formed in float32 (or wider) and rounded once to the
+    kernel's dtype.
 
     Raises:
       ValueError: the model has no adapters, a quantized base, which would round their part away, or is itself a
@@ -138,10 +142,7 @@ def merge_lora(model: Model) -> Model:
         )
     places = [place(model, path) for path in modules]
     for put, module in zip(places, modules.values(), strict=True):
-        kernel, a, b = module.base.kernel, module.lora_a[...], module.lora_b[...]
-        wide = jnp.promote_types(jnp.promote_types(kernel.dtype, a.dtype), jnp.float32)
-        delta = jnp.matmul(a.astype(wide), b.astype(wide), precision="highest")
-        kernel[...] = (kernel[...].astype(wide) + module.scale * delta).astype(kernel.dtype)
+        module.base.kernel[...] = module.merged_kernel()
         put(module.base)
     return model
 

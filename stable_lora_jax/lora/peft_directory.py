@@ -1,7 +1,8 @@
 """PEFT directories: adapter_config.json and adapter_model.safetensors, as PEFT 0.21 writes and reads them.
 
 PEFT stores a layer's A as ``base_model.model.<module>.lora_A.weight``: (r, n), and B as ``….lora_B.weight``: (m, r), so
-both are transposed here, and adapters stacked over layers are one tensor a layer. The scale stays in the configuration
+both are transposed here, and adapters stacked over layers are one tensor per layer; magnitudes of DoRA are
+``….lora_magnitude_vector``: (m,). The scale stays in the configuration
 (lora_alpha, r, use_rslora); it is never multiplied into B.
 
 Modules have other names in a PEFT file than here (``model.layers.3.self_attn.q_proj`` is matrix 3 of
@@ -28,6 +29,7 @@ from stable_lora_jax.lora.linear import LoRALinear
 ModuleName: TypeAlias = Callable[[str, int | None], str]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MAGNITUDE = "lora_magnitude_vector"
 
 # What PEFT 0.21 can train and this library cannot hold, with the values that mean "not used". Of the initializations,
 # those not listed (pissa, olora, corda, loftq, lora_ga) change the base weight, to which A and B then belong.
@@ -45,7 +47,6 @@ _UNUSED = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None,),
-    "use_dora": (False, None),
     "use_qalora": (False, None),
 }
 
@@ -68,9 +69,11 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
     modules = lora_modules(model)
     matrices = [each for path, module in modules.items() for each in _matrices(path, module, module_name)]
     tensors: dict[str, Any] = {}
-    for name, a, b in matrices:
+    for name, a, b, magnitude in matrices:
         tensors[f"base_model.model.{name}.lora_A.weight"] = jnp.asarray(a.T)
         tensors[f"base_model.model.{name}.lora_B.weight"] = jnp.asarray(b.T)
+        if magnitude is not None:
+            tensors[f"base_model.model.{name}.{_MAGNITUDE}"] = magnitude
     config = {
         "alpha_pattern": _patterns(spec.alphas, modules, module_name),
         "base_model_name_or_path": base,
@@ -84,8 +87,9 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
         "peft_type": "LORA",
         "r": spec.rank,
         "rank_pattern": _patterns(spec.ranks, modules, module_name),
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name, _, _ in matrices}),
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name, *_ in matrices}),
         "task_type": "CAUSAL_LM",
+        "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     }
     if present := [name for name in (CONFIG, WEIGHTS) if (directory / name).exists()]:
@@ -93,7 +97,7 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    return len(tensors) // 2
+    return len(matrices)
 
 
 def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name: ModuleName) -> int:
@@ -124,6 +128,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     linears = {path: linear for path, linear in linear_modules(model).items() if linear.kernel.ndim <= 3}
     slots = {path: [module_name(path, i) for i in _layers(linear)] for path, linear in linears.items()}
     wanted = {key.rpartition(".lora_")[0] or key for key in tensors}
+    dora = bool(config.get("use_dora"))
     targets = [path for path, names in slots.items() if wanted.issuperset(names)]
     known = {name for path in targets for name in slots[path]}
     if not tensors or wanted - known:
@@ -138,8 +143,8 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         {path: _one_value(directory, option, config, slots[path], default) for path in targets}
         for option, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"]))
     )
-    stacks = {path: _stack(directory, path, linears[path], slots[path], tensors, ranks[path]) for path in targets}
-    dtype = jnp.result_type(*(matrix.dtype for pair in stacks.values() for matrix in pair))  # the widest of all
+    stacks = {path: _stack(directory, path, linears[path], slots[path], tensors, ranks[path], dora) for path in targets}
+    dtype = jnp.result_type(*(matrix.dtype for each in stacks.values() for matrix in each))  # the widest of all
     inject_lora(
         model,
         config["r"],
@@ -147,12 +152,15 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         targets,
         rngs=nnx.Rngs(0),
         dtype=dtype,
-        use_rslora=config.get("use_rslora", False),
+        use_rslora=bool(config.get("use_rslora")),
         rank_pattern={re.escape(path): rank for path, rank in ranks.items()},
         alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items()},
+        use_dora=dora,
     )
     for path, module in lora_modules(model).items():
-        module.lora_a[...], module.lora_b[...] = stacks[path]
+        module.lora_a[...], module.lora_b[...], *lengths = stacks[path]
+        if module.magnitude is not None:
+            (module.magnitude[...],) = lengths
     return len(known)
 
 
@@ -161,7 +169,7 @@ def _patterns(values: Mapping[str, Any], modules: Mapping[str, LoRALinear], modu
     return {
         re.escape(name): int(value) if float(value).is_integer() else value
         for path, value in values.items()
-        for name, _, _ in _matrices(path, modules[path], module_name)
+        for name, *_ in _matrices(path, modules[path], module_name)
     }
 
 
@@ -182,17 +190,19 @@ def _one_value(directory: Path, option: str, config: Mapping[str, Any], names: l
     return values.pop()
 
 
-def _matrices(path: str, module: LoRALinear, module_name: ModuleName) -> list[tuple[str, Any, Any]]:
-    """Returns (module name, A, B) of every matrix."""
+def _matrices(path: str, module: LoRALinear, module_name: ModuleName) -> list[tuple[str, Any, Any, Any]]:
+    """Returns (module name, A, B, magnitudes or None) of every matrix."""
     a, b = module.lora_a[...], module.lora_b[...]
     if a.ndim > 3:
         raise ValueError(
             f"The adapter at {path} is stacked over several axes, A {a.shape} and B {b.shape}. A PEFT directory takes "
             "matrices that stand alone or are stacked over one axis: leave it out of the targets, or use save_adapter."
         )
+    magnitude = None if module.magnitude is None else module.magnitude[...]
     if a.ndim == 2:
-        return [(module_name(path, None), a, b)]
-    return [(module_name(path, i), a[i], b[i]) for i in range(a.shape[0])]
+        return [(module_name(path, None), a, b, magnitude)]
+    lengths = [None] * a.shape[0] if magnitude is None else list(magnitude)
+    return [(module_name(path, i), a[i], b[i], lengths[i]) for i in range(a.shape[0])]
 
 
 def _layers(linear: nnx.Linear) -> list[int | None]:
@@ -226,8 +236,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 "Correct it as it was in training."
             )
     _check_patterns(directory, config)
-    if not isinstance(config.get("use_rslora", False), bool):
-        raise ValueError(f"{directory / CONFIG} says use_rslora={config['use_rslora']!r}. It must be true or false.")
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(name) or False, bool):
+            raise ValueError(f"{directory / CONFIG} says {name}={config[name]!r}. It must be true or false.")
     return config, _plain_names(directory, tensors)
 
 
@@ -254,6 +265,7 @@ def _plain_names(directory: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.").replace(".default.weight", ".weight")
+        name = name.replace(f".{_MAGNITUDE}.weight", f".{_MAGNITUDE}")
         if name in plain:
             raise ValueError(f"{directory} holds the tensor {name} twice, once as {key}. Keep one of them.")
         if not np.issubdtype(tensor.dtype, np.floating) and not jnp.issubdtype(tensor.dtype, jnp.floating):
@@ -268,9 +280,15 @@ def _plain_names(directory: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stack(
-    directory: str | Path, path: str, linear: nnx.Linear, names: list[str], tensors: dict[str, Any], rank: int
-) -> tuple[Any, Any]:
-    """Returns A and B of one of our layers, checked against its kernel."""
+    directory: str | Path,
+    path: str,
+    linear: nnx.Linear,
+    names: list[str],
+    tensors: dict[str, Any],
+    rank: int,
+    dora: bool,
+) -> tuple[Any, ...]:
+    """Returns A and B of one of our layers, and the magnitudes if it is DoRA's, checked against its kernel."""
     stored = {side: [_tensor(directory, tensors, f"{name}.lora_{side}.weight") for name in names] for side in "AB"}
     for side, matrices in stored.items():
         if shapes := {matrix.shape for matrix in matrices if matrix.ndim != 2 or matrix.shape != matrices[0].shape}:
@@ -288,7 +306,15 @@ def _stack(
             f"{path}: {directory} has A {a.shape} and B {b.shape}, the model needs {expected[0]} and {expected[1]}. "
             "The adapter was trained on a model of another size, or its r is not the one in its configuration."
         )
-    return jnp.asarray(a), jnp.asarray(b)
+    if not dora:
+        return jnp.asarray(a), jnp.asarray(b)
+    lengths = [_tensor(directory, tensors, f"{name}.{_MAGNITUDE}") for name in names]
+    if any(each.shape != (fan_out,) for each in lengths):
+        raise ValueError(
+            f"{path}: {directory} has magnitudes of the shapes {[each.shape for each in lengths]}, the model needs "
+            f"({fan_out},). The adapter was trained on a model of another size."
+        )
+    return jnp.asarray(a), jnp.asarray(b), jnp.asarray(np.stack(lengths).reshape(*stack, fan_out))
 
 
 def _tensor(directory: str | Path, tensors: dict[str, Any], name: str) -> np.ndarray:
