@@ -1,4 +1,4 @@
-"""``stable-lora export``: an adapter, or the model with it folded in, as PEFT, transformers and vLLM load them."""
+"""``stable-lora export``: an adapter, or the model with it folded in, for PEFT, transformers, vLLM and llama.cpp."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.finetune import HUB_NAMES, adapter_file, base_of, check_choice, load_with_adapter, record_of
 from stable_lora_jax.locations import check_local
 from stable_lora_jax.lora import TARGETS, AdapterSpec, merge_lora, read_adapter_spec, save_peft
-from stable_lora_jax.models import huggingface_module, save_huggingface
+from stable_lora_jax.models import huggingface_module, save_gguf_adapter, save_huggingface
 
 # vLLM 0.14: what its --max-lora-rank may be; it loads adapters of any rank up to that, by default up to 16.
 VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -20,16 +20,17 @@ VLLM_DEFAULT_MAX_RANK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write an adapter as a PEFT directory, or merged into its base model as a Hugging Face directory."""
+    """Write an adapter as a PEFT directory or a GGUF file, or with its base model as a Hugging Face directory."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run directory or an adapter file; for merged, a PEFT directory too."""
     out: Annotated[Path, tyro.conf.Positional]
-    """The directory to write; it must not hold an adapter or a model yet."""
+    """The directory to write, for gguf the file; it must not hold an adapter or a model yet."""
     model: str | None = None
     """The base model, if it is elsewhere now than where the adapter names it."""
     format: str = "peft"
-    """peft (adapter_config.json and adapter_model.safetensors) or merged (the whole model and its tokenizer)."""
+    """peft (adapter_config.json and adapter_model.safetensors), gguf (a file for llama.cpp's --lora), or merged (the
+    whole model and its tokenizer)."""
     base: str | None = None
     """peft: what to write as the base model's name; the one the run was trained on if not given."""
     dtype: str = "float32"
@@ -37,10 +38,10 @@ class ExportConfig:
 
     def __post_init__(self):
         check_local(out=self.out)
-        check_choice("format", self.format, ("peft", "merged"))
-        for other, name in (("merged", "base"), ("peft", "dtype")):
-            if self.format == other and getattr(self, name) != getattr(ExportConfig, name):
-                raise ValueError(f"{name} says nothing about {other}. Leave it out, or choose the other format.")
+        check_choice("format", self.format, ("peft", "gguf", "merged"))
+        for only, name in (("peft", "base"), ("merged", "dtype")):
+            if self.format != only and getattr(self, name) != getattr(ExportConfig, name):
+                raise ValueError(f"{name} says nothing about {self.format}. Leave it out, or choose {only}.")
 
 
 def export_command(config: ExportConfig) -> None:
@@ -57,6 +58,10 @@ def export_command(config: ExportConfig) -> None:
                 f"Note: it was trained on the base in {quantized}, and is folded into the base as it was before that."
             )
         return
+    if config.format == "gguf":
+        count = save_gguf_adapter(config.out, load_with_adapter(name, config.run))
+        print(f"{config.out}: {count} matrices for llama.cpp, next to a GGUF file of {name}")
+        return
     spec, model = read_adapter_spec(adapter_file(config.run)), load_with_adapter(name, config.run)
     base = config.base or HUB_NAMES.get(name, name)
     count = save_peft(config.out, model, base, partial(huggingface_module, model_type=model.config.model_type))
@@ -68,6 +73,8 @@ def export_command(config: ExportConfig) -> None:
 def vllm_notes(spec: AdapterSpec) -> list[str]:
     """Returns what vLLM needs to be told to load an adapter, or why it will not; nothing if it just loads."""
     notes = []
+    if spec.use_dora:
+        notes.append("vLLM loads no adapters of DoRA; serve the merged model (--format merged).")
     largest = max((spec.rank, *spec.ranks.values()))
     if largest > VLLM_MAX_RANKS[-1]:
         notes.append(f"vLLM loads ranks up to {VLLM_MAX_RANKS[-1]}; this adapter has {largest}.")

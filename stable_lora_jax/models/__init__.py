@@ -8,6 +8,7 @@ with needs("train"):
     from stable_lora_jax.models.config import DecoderConfig
     from stable_lora_jax.models.decoder import Decoder
     from stable_lora_jax.models.generation import generate, stream
+    from stable_lora_jax.models.gguf_adapter import save_gguf_adapter
     from stable_lora_jax.models.hf_config import config_from_hf
     from stable_lora_jax.models.huggingface import huggingface_module, save_huggingface
     from stable_lora_jax.models.loading import load_model
@@ -34,6 +35,7 @@ __all__ = [
     "huggingface_module",
     "init_cache",
     "load_model",
+    "save_gguf_adapter",
     "save_huggingface",
     "stream",
 ]

@@ -20,7 +20,8 @@ from stable_lora_jax.models.rotary import rotary_frequencies
 _ARCHITECTURES = ("llama", "qwen2")
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 _ROPE_FACTORS = "rope_freqs.weight"
-_MODULES = {
+# Module of a `Decoder` -> its name in a GGUF file.
+MODULES = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
     "lm_head": "output",
@@ -71,7 +72,7 @@ def open_gguf(file: Path) -> Checkpoint:
 def _tensor_name(path: str, layer: int | None) -> str:
     module, leaf = path.rsplit(".", 1)
     prefix = "" if layer is None else f"blk.{layer}."
-    return f"{prefix}{_MODULES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    return f"{prefix}{MODULES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
 def _pairs_to_halves(rows: np.ndarray, num_heads: int) -> np.ndarray:

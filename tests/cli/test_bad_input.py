@@ -281,6 +281,7 @@ def test_records_that_are_none(flags, tmp_path, capsys, record):
         ("export x y", "no adapter file"),
         ("export x y --format merged --base z", "base says nothing about merged"),
         ("export x y --dtype bfloat16", "dtype says nothing about peft"),
+        ("export x y --format gguf --base z", "base says nothing about gguf"),
         ("export x y --format gguf", "format='gguf' is unknown. Known: peft, merged"),
         ("export-plots", "no run directory"),
         ("export-plots x", "x holds no metrics.jsonl"),
