@@ -108,6 +108,8 @@ class AdapterConfig:
     """Fraction of its inputs an adapter does not see while training."""
     use_dora: bool = False
     """Train the magnitude of every output feature too (DoRA)."""
+    modules_to_save: str = ""
+    """Modules that are trained whole, by the endings of their paths, e.g. norm,input_layernorm."""
     a_scale: float = 1.0
     """The start of A is multiplied by it."""
 

@@ -117,6 +117,7 @@ def load_with_adapter(
         rank_pattern=spec.rank_pattern,
         alpha_pattern=spec.alpha_pattern,
         use_dora=spec.use_dora,
+        modules_to_save=spec.whole,
     )
     load_adapter(file, model, name)
     if spec.base != name:
@@ -136,6 +137,7 @@ def inject_adapters(model: Decoder, adapter: AdapterConfig, seed: int) -> Decode
         dropout=adapter.dropout,
         a_scale=adapter.a_scale,
         use_dora=adapter.use_dora,
+        modules_to_save=adapter.modules_to_save.split(",") if adapter.modules_to_save else (),
         rank_pattern=numbers_by_module("rank_pattern", adapter.rank_pattern),
         alpha_pattern=numbers_by_module("alpha_pattern", adapter.alpha_pattern),
         exclude=adapter.exclude.split(",") if adapter.exclude else (),

@@ -15,6 +15,7 @@ with needs("flax"):
     from stable_lora_jax.lora.linear import LoRALinear
     from stable_lora_jax.lora.peft_directory import inject_peft, save_peft
     from stable_lora_jax.lora.quantized import QUANTIZATIONS, QuantizedLinear, quantize_linears
+    from stable_lora_jax.lora.whole_modules import train_whole, whole_modules
 
 __all__ = [
     "QUANTIZATIONS",
@@ -33,4 +34,6 @@ __all__ = [
     "same_base",
     "save_adapter",
     "save_peft",
+    "train_whole",
+    "whole_modules",
 ]

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from stable_lora_jax.locations import Location, local_copy, location, write_whole
 from stable_lora_jax.lora.injection import lora_modules
+from stable_lora_jax.lora.whole_modules import whole_modules, whole_params
 
 _KEY = "stable_lora_jax"
 
@@ -32,6 +33,7 @@ class AdapterSpec:
       ranks: path -> r of the layers that have another.
       alphas: path -> alpha of the layers that have another.
       use_dora: whether the layers have magnitudes too.
+      whole: dotted paths of the modules that were trained whole.
     """
 
     base: str
@@ -42,6 +44,7 @@ class AdapterSpec:
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
+    whole: tuple[str, ...] = ()
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -84,11 +87,12 @@ def adapter_spec(model: nnx.Module, base: str) -> AdapterSpec:
         ranks={path: module.rank for path, module in modules.items() if module.rank != rank},
         alphas={path: module.alpha for path, module in modules.items() if module.alpha != alpha},
         use_dora=dora.pop(),
+        whole=tuple(whole_modules(model)),
     )
 
 
 def save_adapter(path: str | Location, model: nnx.Module, base: str) -> None:
-    """Writes the adapters of `model` to a safetensors file: ``<dotted path>.lora_a``, ``.lora_b`` and ``.magnitude``.
+    """Writes the adapters of `model` to a safetensors file: ``<dotted path>.lora_a``, ``.lora_b``, ``.magnitude``.
 
     Args:
       path: file to write, also gs://BUCKET/...; its folder is made, and the file appears whole or not at all.
@@ -122,7 +126,10 @@ def read_adapter_spec(path: str | Location) -> AdapterSpec:
         raise ValueError(f"{path} is a safetensors file, but not an adapter that save_adapter wrote.")
     try:
         fields: dict[str, Any] = dict(json.loads(metadata))
-        fields["targets"] = tuple(fields["targets"])
+        for name in ("targets", "whole"):
+            fields[name] = tuple(fields.get(name, ()))
+        if not fields["targets"]:
+            raise ValueError("no targets")
         spec = AdapterSpec(**fields)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
@@ -133,7 +140,7 @@ def read_adapter_spec(path: str | Location) -> AdapterSpec:
     wrong = [name for name, kind in kinds.items() if not isinstance(getattr(spec, name), kind)]
     others = () if wrong else (*spec.ranks.values(), *spec.alphas.values())
     numbers = all(isinstance(each, int | float) for each in others)
-    if wrong or not numbers or not all(isinstance(target, str) for target in spec.targets) or spec.rank < 1:
+    if wrong or not numbers or not all(isinstance(path, str) for path in (*spec.targets, *spec.whole)) or spec.rank < 1:
         raise ValueError(f"{path} has a header that save_adapter did not write: {fields}. Copy it again.")
     return spec
 
@@ -190,8 +197,8 @@ def same_base(one: str, other: str) -> bool:
     return Path(one).name.lower() == Path(other).name.lower()
 
 
-def _matrices(model: nnx.Module) -> dict[str, nnx.LoRAParam]:
-    """Returns key in the file -> A, B or magnitudes of the model."""
+def _matrices(model: nnx.Module) -> dict[str, Any]:
+    """Returns key in the file -> A, B, magnitudes or a whole parameter of the model."""
     modules, sides = lora_modules(model).items(), ("lora_a", "lora_b", "magnitude")
     found = {f"{name}.{side}": getattr(module, side) for name, module in modules for side in sides}
-    return {key: matrix for key, matrix in found.items() if matrix is not None}
+    return {key: matrix for key, matrix in found.items() if matrix is not None} | whole_params(model)

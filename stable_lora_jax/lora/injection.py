@@ -12,6 +12,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from stable_lora_jax.lora.linear import A_INIT, B_INIT, LoRALinear
+from stable_lora_jax.lora.whole_modules import freeze_whole, train_whole
 
 Model = TypeVar("Model", bound=nnx.Module)
 Kind = TypeVar("Kind", bound=nnx.Module)
@@ -48,6 +49,7 @@ def inject_lora(
     alpha_pattern: Mapping[str, float] | None = None,
     exclude: Sequence[str] = (),
     use_dora: bool = False,
+    modules_to_save: Sequence[str] = (),
 ) -> Model:
     r"""Returns `model`, changed in place: each targeted `nnx.Linear` is now a `LoRALinear` around it.
 
@@ -69,6 +71,7 @@ def inject_lora(
         a path or the ending of one after a dot -> value; the first that matches counts.
       exclude: targets that are left out, each as in a list of targets.
       use_dora: train the magnitude of every column too (DoRA); as in `LoRALinear`.
+      modules_to_save: modules that are trained whole, such as "norm" or "lm_head"; see `train_whole`.
 
     Raises:
       ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed), which holds for
@@ -100,6 +103,8 @@ def inject_lora(
     alphas = _by_pattern("alpha_pattern", alpha_pattern or {}, chosen, alpha)
     check_one_name(model, chosen.values())
     places = [place(model, path) for path in chosen]
+    if both := [name for path in chosen for name in modules_to_save if re.fullmatch(_ending(name), dotted(path))]:
+        raise ValueError(f"{listed(dict.fromkeys(both))} are targets and modules_to_save. Leave them out of one.")
     adapted = [
         LoRALinear(
             linear,
@@ -115,6 +120,7 @@ def inject_lora(
         )
         for path, linear in chosen.items()
     ]
+    train_whole(model, modules_to_save, dtype)
     for put, module in zip(places, adapted, strict=True):
         if a_scale != 1:
             module.lora_a[...] = jnp.asarray(a_scale, module.lora_a.dtype) * module.lora_a[...]
@@ -126,7 +132,7 @@ def merge_lora(model: Model) -> Model:
     """Returns `model`, changed in place: every `LoRALinear` is again a Linear, with kernel W + s A B.
 
     With DoRA the columns of that sum are rescaled. It is formed in float32 (or wider) and rounded once to the
-    kernel's dtype.
+    kernel's dtype. Modules that were trained whole are frozen in their own dtype.
 
     Raises:
       ValueError: the model has no adapters, a quantized base, which would round their part away, or is itself a
@@ -144,6 +150,7 @@ def merge_lora(model: Model) -> Model:
     for put, module in zip(places, modules.values(), strict=True):
         module.base.kernel[...] = module.merged_kernel()
         put(module.base)
+    freeze_whole(model)
     return model
 
 

@@ -25,11 +25,15 @@ from safetensors.flax import load_file, save_file
 from stable_lora_jax.lora.adapter_file import adapter_spec, same_base
 from stable_lora_jax.lora.injection import inject_lora, linear_modules, listed, lora_modules
 from stable_lora_jax.lora.linear import LoRALinear
+from stable_lora_jax.lora.whole_modules import whole_params
 
 ModuleName: TypeAlias = Callable[[str, int | None], str]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAGNITUDE = "lora_magnitude_vector"
+# Of modules that are trained whole: name of a parameter here -> in PyTorch, and its axes without those of a stack.
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+_OWN_AXES = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
 
 # What PEFT 0.21 can train and this library cannot hold, with the values that mean "not used". Of the initializations,
 # those not listed (pissa, olora, corda, loftq, lora_ga) change the base weight, to which A and B then belong.
@@ -42,7 +46,6 @@ _UNUSED = {
     "kasa_config": (None,),
     "layer_replication": (None,),
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
@@ -74,6 +77,11 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
         tensors[f"base_model.model.{name}.lora_B.weight"] = jnp.asarray(b.T)
         if magnitude is not None:
             tensors[f"base_model.model.{name}.{_MAGNITUDE}"] = magnitude
+    whole: dict[str, None] = {}
+    for path, param in whole_params(model).items():
+        for name, leaf, value in _parts(path, param, module_name):
+            tensors[f"base_model.model.{name}.{leaf}"] = value
+            whole[re.sub(r".*\.\d+\.", "", name)] = None
     config = {
         "alpha_pattern": _patterns(spec.alphas, modules, module_name),
         "base_model_name_or_path": base,
@@ -83,7 +91,7 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
         "init_lora_weights": True,
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": list(whole) or None,
         "peft_type": "LORA",
         "r": spec.rank,
         "rank_pattern": _patterns(spec.ranks, modules, module_name),
@@ -127,7 +135,9 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     # A file names one layer by its number; what is stacked over several axes has no names there.
     linears = {path: linear for path, linear in linear_modules(model).items() if linear.kernel.ndim <= 3}
     slots = {path: [module_name(path, i) for i in _layers(linear)] for path, linear in linears.items()}
-    wanted = {key.rpartition(".lora_")[0] or key for key in tensors}
+    wanted = {key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
+    whole, rest = _whole(directory, model, module_name, tensors, bool(config.get("modules_to_save")))
+    wanted |= rest
     dora = bool(config.get("use_dora"))
     targets = [path for path, names in slots.items() if wanted.issuperset(names)]
     known = {name for path in targets for name in slots[path]}
@@ -156,7 +166,10 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         rank_pattern={re.escape(path): rank for path, rank in ranks.items()},
         alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items()},
         use_dora=dora,
+        modules_to_save=list(dict.fromkeys(path.rpartition(".")[0] for path in whole)),
     )
+    for path, param in whole_params(model).items():
+        param[...] = whole[path].astype(param.dtype)
     for path, module in lora_modules(model).items():
         module.lora_a[...], module.lora_b[...], *lengths = stacks[path]
         if module.magnitude is not None:
@@ -203,6 +216,42 @@ def _matrices(path: str, module: LoRALinear, module_name: ModuleName) -> list[tu
         return [(module_name(path, None), a, b, magnitude)]
     lengths = [None] * a.shape[0] if magnitude is None else list(magnitude)
     return [(module_name(path, i), a[i], b[i], lengths[i]) for i in range(a.shape[0])]
+
+
+def _parts(path: str, param: Any, module_name: ModuleName) -> list[tuple[str, str, Any]]:
+    """Returns (module in transformers, name of the parameter there, value) of a parameter, layer by layer."""
+    module, _, leaf = path.rpartition(".")
+    layers = [None] if param.ndim == _OWN_AXES[leaf] else list(range(param.shape[0]))
+    values = [param[...]] if layers == [None] else list(param[...])
+    if leaf == "kernel":
+        values = [value.T for value in values]
+    return [(module_name(module, layer), _LEAVES[leaf], value) for layer, value in zip(layers, values, strict=True)]
+
+
+def _whole(
+    directory: Path, model: nnx.Module, module_name: ModuleName, tensors: dict[str, Any], allowed: bool
+) -> tuple[dict[str, Any], set[str]]:
+    """Returns path of a parameter -> its value, of the modules that were trained whole, and the keys left over."""
+    left = {key for key in tensors if ".lora_" not in key}
+    found: dict[str, Any] = {}
+    params = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    for path, param in params.items() if allowed and left else ():
+        if path.rpartition(".")[2] not in _LEAVES:
+            continue
+        try:
+            parts = _parts(path, param, module_name)
+        except ValueError:
+            continue  # a module that transformers does not have
+        keys = [f"{name}.{leaf}" for name, leaf, _ in parts]
+        if left.issuperset(keys):
+            values = [_tensor(directory, tensors, key) for key in keys]
+            shapes = {value.shape for value in values} - {parts[0][2].shape}
+            if shapes:
+                raise ValueError(f"{directory}: {keys[0]} has {sorted(shapes)[0]}, the model {parts[0][2].shape}.")
+            values = [value.T if path.endswith(".kernel") else value for value in values]
+            found[path] = jnp.asarray(np.stack(values).reshape(param.shape))
+            left -= set(keys)
+    return found, left
 
 
 def _layers(linear: nnx.Linear) -> list[int | None]:

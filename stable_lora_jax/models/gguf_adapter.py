@@ -39,6 +39,11 @@ def save_gguf_adapter(file: str | Path, model: Decoder) -> int:
     spec = adapter_spec(model, "")
     if spec.use_dora:
         raise ValueError("llama.cpp knows no magnitudes, which DoRA's adapters have. Export the merged model instead.")
+    if spec.whole:
+        whole = ", ".join(spec.whole)
+        raise ValueError(
+            f"llama.cpp's adapters hold no whole modules, as {whole} are. Export the merged model instead."
+        )
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"Adapters of model_type={config.model_type!r} are not written as GGUF; those of "
