@@ -144,7 +144,7 @@ def inject_adapters(model: Decoder, adapter: AdapterConfig, seed: int) -> Decode
     )
 
 
-def load_base(name: str, dtype: str, quantize: str | None, *, remat: bool = False, attention: str = "auto") -> Decoder:
-    """Returns a base model: `name` as `load_model` takes it, a dtype of `DTYPES`, and int8, nf4 or None."""
-    model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype], remat=remat, attention=attention)
+def load_base(name: str, dtype: str, quantize: str | None, **options: Any) -> Decoder:
+    """Returns a base model: a dtype of `DTYPES`, int8, nf4 or None, and else what `load_model` takes."""
+    model = load_model(name, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype], **options)
     return quantize_linears(model, quantize) if quantize else model

@@ -46,7 +46,7 @@ from stable_lora_jax.training import (
     train,
     wait_for_all,
 )
-from stable_lora_jax.training.sharding import AXES, check_decoder, check_rows
+from stable_lora_jax.training.sharding import AXES, check_decoder, check_rows, parameter_sharding
 
 
 def finetune(config: RunConfig) -> TrainResult:
@@ -79,8 +79,9 @@ def finetune(config: RunConfig) -> TrainResult:
         data["validation_sha256"] = digest(validation.examples)
     asked = {"auto_resume": how.auto_resume, "overwrite": how.overwrite}
     resume = directory.resumes(written, data, resume=how.resume, **asked)
-    # What several devices share would not fit the first of them whole, nor next to its part: it stays on the host, from
-    # where `train` gives each device its part, and to where it brings the adapters back.
+    # What several devices share would not fit the first of them whole, nor next to its part: each part is read to its
+    # device. What is quantized first, and adapters, stay on the host, from where `train` gives each device its part.
+    shared = mesh.size > 1 and not config.model.quantize
     with jax.default_device(_host(mesh.size) if mesh.size > 1 else None):
         model = load_base(
             config.model.name,
@@ -88,6 +89,7 @@ def finetune(config: RunConfig) -> TrainResult:
             config.model.quantize,
             remat=how.remat,
             attention=how.attention,
+            sharding=parameter_sharding(mesh) if shared else None,
         )
         for each in (examples, validation.examples if validation else ()):
             check_fits(each, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)

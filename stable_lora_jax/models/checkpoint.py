@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from stable_lora_jax.models.config import DecoderConfig
+
+Part: TypeAlias = tuple[slice, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +20,11 @@ class Checkpoint:
         shapes: shape of every tensor, as stored: a linear layer is (out, in).
         tensor_name: the stored name of a parameter, from its path in `Decoder` ("layers.mlp.up_proj.kernel") and
             its layer (None outside the stack).
-        read: the tensor of a stored name, in its stored shape, floating, with Hugging Face's order of the rows of
-            query and key projections.
+        read: a part of the tensor of a stored name, by a slice for each axis of its stored shape (none: all of it);
+            floating, with Hugging Face's order of the rows of query and key projections.
     """
 
     config: DecoderConfig
     shapes: Mapping[str, tuple[int, ...]]
     tensor_name: Callable[[str, int | None], str]
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str, Part], np.ndarray]

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from stable_lora_jax.assets import read_gguf_metadata
-from stable_lora_jax.models.checkpoint import Checkpoint
+from stable_lora_jax.models.checkpoint import Checkpoint, Part
 from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.rope_scaling import Llama3RopeScaling
 from stable_lora_jax.models.rotary import rotary_frequencies
@@ -54,12 +54,12 @@ def open_gguf(file: Path) -> Checkpoint:
     config = _config(fields, tensors)
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, part: Part) -> np.ndarray:
         value = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
         module = name.split(".")[-2]
         if fields["general.architecture"] == "llama" and module in heads:
             value = _pairs_to_halves(value, heads[module])
-        return value
+        return value[part]
 
     return Checkpoint(
         config=config,

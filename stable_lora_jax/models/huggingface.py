@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from stable_lora_jax.models.checkpoint import Checkpoint
+from stable_lora_jax.models.checkpoint import Checkpoint, Part
 from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.decoder import Decoder
 from stable_lora_jax.models.hf_config import config_from_hf, config_to_hf
@@ -63,7 +63,7 @@ def open_huggingface(directory: Path) -> Checkpoint:
         config=config,
         shapes={name: tensor.shape for name, tensor in tensors.items() if not harmless(name)},
         tensor_name=_tensor_name,
-        read=lambda name: _read_tensor(tensors[name]),
+        read=lambda name, part: _read_tensor(tensors[name], part),
     )
 
 
@@ -229,7 +229,7 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
         raise ValueError(f"{file} is not a whole safetensors file: {error}; download or save it again.") from error
 
 
-def _read_tensor(tensor: _Tensor) -> np.ndarray:
+def _read_tensor(tensor: _Tensor, part: Part = ()) -> np.ndarray:
     if tensor.dtype not in _DTYPES:
         raise ValueError(
             f"{tensor.file.name}: tensor {tensor.name} has type {tensor.dtype}; allowed are {', '.join(_DTYPES)}; "
@@ -237,4 +237,6 @@ def _read_tensor(tensor: _Tensor) -> np.ndarray:
         )
     # Opened anew for every tensor: what one handle has mapped stays in memory as long as it is open.
     with safe_open(tensor.file, framework="numpy") as opened:
-        return opened.get_tensor(tensor.name)[tensor.first_row : tensor.first_row + tensor.shape[0]]
+        rows, *others = (*part, *(slice(None),) * (len(tensor.shape) - len(part)))
+        start, stop, _ = rows.indices(tensor.shape[0])
+        return opened.get_slice(tensor.name)[slice(tensor.first_row + start, tensor.first_row + stop), *others]

@@ -1,17 +1,21 @@
 """Fills a decoder from a model file, tensor by tensor.
 
 Memory stays near the model's own size: the decoder is built abstractly, each stacked parameter is allocated once and
-its layers are written into it in place, and no more than one stored tensor is in memory at a time.
+its layers are written into it in place, and no more than one stored tensor is in memory at a time. On a mesh each
+process reads only what its devices hold, and no more than one device's part of a parameter is in memory beside them.
 """
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from jax.typing import ArrayLike, DTypeLike
 
 from stable_lora_jax.models.attention import choose_attention
@@ -38,6 +42,7 @@ def load_model(
     param_dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     attention: str = "auto",
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> Decoder:
     """A decoder with the weights of a model of one of the families in `models.families`.
 
@@ -48,6 +53,8 @@ def load_model(
         param_dtype: of the stored parameters.
         remat: recompute each layer in the backward pass.
         attention: "auto", "xla" or "cudnn" (see `choose_attention`).
+        sharding: where a parameter goes, from its dotted path and shape, such as `training.parameter_sharding(mesh)`;
+            the default device if None.
 
     Raises:
         ValueError: the name is unknown, the model is not supported, a file is damaged, or tensors are missing,
@@ -64,7 +71,11 @@ def load_model(
     _check_tensors(checkpoint, params, names)
     # Largest tensors first: what is briefly held twice is then held while the model is still small.
     for path in sorted(params, key=lambda path: -params[path].size // len(names[path])):
-        value = _read_param(checkpoint, path, names[path], params[path])
+        param = params[path]
+        if sharding is None:
+            value = _read_param(checkpoint, path, names[path], param)
+        else:
+            value = _read_shards(checkpoint, path, names[path], param, sharding(path, param.shape))
         if not _all_finite(value):
             raise ValueError(
                 f"The model's {path} holds NaN or infinity; weights are finite numbers; fetch the file again, or load "
@@ -138,7 +149,7 @@ def _stored_shape(path: str, param: nnx.Param) -> tuple[int, ...]:
 
 def _read_param(checkpoint: Checkpoint, path: str, names: list[str], param: nnx.Param) -> jax.Array:
     def read(name: str) -> np.ndarray:
-        value = checkpoint.read(name)
+        value = checkpoint.read(name, ())
         return value.T if path.endswith(".kernel") else value
 
     if not path.startswith("layers."):
@@ -147,6 +158,29 @@ def _read_param(checkpoint: Checkpoint, path: str, names: list[str], param: nnx.
     for layer, name in enumerate(names):
         stacked = _write_layer(stacked, read(name), layer)
     return stacked
+
+
+def _read_shards(
+    checkpoint: Checkpoint, path: str, names: list[str], param: nnx.Param, sharding: Sharding
+) -> jax.Array:
+    """Returns a parameter of which this process has read what its devices hold."""
+    devices: dict[tuple[tuple[int, int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(param.shape).items():
+        assert index is not None  # for the type checker
+        part = tuple(each.indices(size) for each, size in zip(index, param.shape, strict=True))
+        devices.setdefault(part, []).append(device)
+    shards = []
+    for part, held_by in devices.items():
+        block = np.empty([stop - start for start, stop, _ in part], param.dtype)
+        own = part[1:] if path.startswith("layers.") else part
+        stored = tuple(slice(start, stop) for start, stop, _ in (own[::-1] if path.endswith(".kernel") else own))
+        layers = range(*part[0]) if path.startswith("layers.") else [None]
+        for position, layer in enumerate(layers):
+            value = checkpoint.read(names[layer or 0], stored)
+            block[position if layer is not None else ...] = value.T if path.endswith(".kernel") else value
+        shards += [jax.device_put(block, device) for device in held_by]
+        jax.block_until_ready(shards[-len(held_by) :])
+    return jax.make_array_from_single_device_arrays(param.shape, sharding, shards)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

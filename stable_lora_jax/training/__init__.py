@@ -12,7 +12,7 @@ with needs("train"):
     from stable_lora_jax.training.methods import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
     from stable_lora_jax.training.metrics import MetricsFile, read_metrics, stop_steps
     from stable_lora_jax.training.run_directory import LostRunError, RunDirectory
-    from stable_lora_jax.training.sharding import make_mesh
+    from stable_lora_jax.training.sharding import make_mesh, parameter_sharding
     from stable_lora_jax.training.step import (
         Frozen,
         StepMetrics,
@@ -62,6 +62,7 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "newest_step",
+    "parameter_sharding",
     "read_metrics",
     "sign_in",
     "split_model",

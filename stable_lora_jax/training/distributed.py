@@ -123,7 +123,7 @@ def rows_to_mesh(tree: Any, sharding: NamedSharding, rows: int) -> Any:
 
 
 def to_mesh(tree: Any, shardings: Any) -> Any:
-    """Returns a tree that every process holds whole, placed on the mesh; nothing goes between processes.
+    """Returns a tree on the mesh, of which every process holds what its devices get; nothing goes between processes.
 
     Args:
       tree: arrays; the same in every process.
@@ -137,6 +137,8 @@ def to_mesh(tree: Any, shardings: Any) -> Any:
     def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(place(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+        if not leaf.is_fully_addressable:  # on the mesh already, where it was read to
+            return leaf if leaf.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(leaf)
         return jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)
 
     if isinstance(shardings, NamedSharding):

@@ -7,7 +7,7 @@ and repeated everywhere.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -113,19 +113,27 @@ def frozen_shardings(mesh: AnyMesh, frozen: nnx.State) -> nnx.State:
     Raises:
       ValueError: an axis that the mesh does not divide (parameter and sizes named).
     """
+    sharding = parameter_sharding(mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(_dotted(path), leaf.shape), frozen)
 
-    def shard(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
-        name = _dotted(path)
-        spec = _spec(mesh, name, leaf.shape)
-        for size, axis in zip(leaf.shape, spec, strict=True):
+
+def parameter_sharding(mesh: AnyMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Returns a function from dotted path and shape of a frozen parameter to its sharding, by the table of rules.
+
+    It raises ValueError for an axis that the mesh does not divide (parameter and sizes named).
+    """
+
+    def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        spec = _spec(mesh, name, shape)
+        for size, axis in zip(shape, spec, strict=True):
             if axis and size % mesh.shape[axis]:
                 raise ValueError(
-                    f"The mesh axis {axis}={mesh.shape[axis]} does not divide the {size} of {name} {leaf.shape}. "
+                    f"The mesh axis {axis}={mesh.shape[axis]} does not divide the {size} of {name} {shape}. "
                     f"Choose a size of {axis} that divides it."
                 )
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(shard, frozen)
+    return sharding
 
 
 def placement_on(mesh: Mesh) -> Placement:

@@ -242,31 +242,36 @@ def test_resuming_a_finished_run_and_overwriting_one(train_flags, finished, tmp_
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
 
 
-def test_a_model_that_devices_share_is_loaded_on_the_host(train_flags, tmp_path, monkeypatch, capsys, eight_devices):
+def test_a_model_that_devices_share_never_lies_whole_on_one(train_flags, tmp_path, monkeypatch, capsys, eight_devices):
     models = []
 
     def spy(model, *args, **kwargs):
-        models.append((model, {device for leaf in jax.tree.leaves(nnx.state(model)) for device in leaf.devices()}))
+        params = nnx.state(model, nnx.filterlib.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+        models.append([leaf.sharding for leaf in jax.tree.leaves(params)])
         return training.train(model, *args, **kwargs)
 
     monkeypatch.setattr("stable_lora_jax.finetune.run.train", spy)
-    flags = [*train_flags, "--steps", 2, "--quantize", "nf4", "--dropout", 0.1]
-    shared, local = [*flags, "--mesh", "data=2,fsdp=2"], jax.local_devices
-    assert code_of([*shared, "--run-dir", tmp_path / "first"]) == 0
+    flags, local = [*train_flags, "--steps", 2, "--dropout", 0.1], jax.local_devices
+    mesh = ["--mesh", "data=2,fsdp=2"]
+    # Read part by part to its device; what is quantized before stays on the host.
+    assert code_of([*flags, *mesh, "--run-dir", tmp_path / "parts"]) == 0
+    assert all(each.device_set == set(eight_devices[:4]) for each in models[0])
+    assert any("fsdp" in each.spec for each in models[0])
+    quantized = [*flags, "--quantize", "nf4"]
+    assert code_of([*quantized, *mesh, "--run-dir", tmp_path / "first"]) == 0
     monkeypatch.setattr(jax, "local_devices", lambda backend=None: eight_devices[7:] if backend else local())
-    assert code_of([*shared, "--run-dir", tmp_path / "host"]) == 0
-    assert models[1][1] == {eight_devices[7]}
-    assert {device for leaf in jax.tree.leaves(nnx.state(models[1][0])) for device in leaf.devices()} == models[1][1]
+    assert code_of([*quantized, *mesh, "--run-dir", tmp_path / "host"]) == 0
+    assert all(each.device_set == {eight_devices[7]} for each in models[2])
     adapters = [(tmp_path / run / "adapter.safetensors").read_bytes() for run in ("first", "host")]
     assert adapters[0] == adapters[1]
     assert code_of([*flags, "--steps", 1, "--run-dir", tmp_path / "single"]) == 0
-    assert models[2][1] == {eight_devices[0]}
+    assert all(each.device_set == {eight_devices[0]} for each in models[3])
 
     def without_cpu(backend=None):
         raise RuntimeError(f"Unknown backend {backend}")
 
     monkeypatch.setattr(jax, "local_devices", without_cpu)
-    assert code_of([*shared, "--run-dir", tmp_path / "none"]) == 2
+    assert code_of([*flags, *mesh, "--run-dir", tmp_path / "none"]) == 2
     assert "leaves out the CPU, where a model that 4 devices share is loaded" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
