@@ -73,8 +73,10 @@ def export_command(config: ExportConfig) -> None:
 def vllm_notes(spec: AdapterSpec) -> list[str]:
     """Returns what vLLM needs to be told to load an adapter, or why it will not; nothing if it just loads."""
     notes = []
-    if spec.use_dora:
-        notes.append("vLLM loads no adapters of DoRA; serve the merged model (--format merged).")
+    beyond = {"DoRA": spec.use_dora, "modules_to_save": bool(spec.whole)}
+    if any(beyond.values()):
+        named = " and ".join(name for name, used in beyond.items() if used)
+        notes.append(f"vLLM loads no adapters with {named}; serve the merged model (--format merged).")
     largest = max((spec.rank, *spec.ranks.values()))
     if largest > VLLM_MAX_RANKS[-1]:
         notes.append(f"vLLM loads ranks up to {VLLM_MAX_RANKS[-1]}; this adapter has {largest}.")

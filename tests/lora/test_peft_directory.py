@@ -95,6 +95,11 @@ def test_what_vllm_needs_to_be_told(rank, targets, notes):
     assert all(part in note for part, note in zip(notes, told, strict=True))
 
 
+def test_what_vllm_does_not_load_is_said():
+    spec = AdapterSpec(base=BASE, rank=8, alpha=16, use_rslora=False, targets=("q",), use_dora=True, whole=("norm",))
+    assert vllm_notes(spec)[0].startswith("vLLM loads no adapters with DoRA and modules_to_save")
+
+
 def test_any_model_may_be_exported(tmp_path):
     model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     inject_lora(model, 2, 4, [r"layers.0"], rngs=nnx.Rngs(1))
