@@ -52,7 +52,10 @@ def location(path: str | os.PathLike[str]) -> Location:
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{text} needs the package gcsfs. Run: pip install 'stable-lora-jax[gcs]'")
     from etils import epath
+    from fsspec.config import conf
 
+    # Listings that are kept hide what other processes write, such as the run that `stable-lora watch` follows.
+    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return cast(Location, epath.Path(f"gs://{text[url.end() :]}"))
 
 

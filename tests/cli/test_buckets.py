@@ -100,6 +100,23 @@ def test_the_process_that_resumes_last_owns_the_run(bucket, flags):
         there.check_owner()
 
 
+def test_what_another_process_writes_is_seen(bucket):
+    run = RunDirectory(Path(f"gs://{bucket}/c"))
+
+    def elsewhere(code):
+        start = f"from etils import epath; p = epath.Path('gs://{bucket}/c')\n"
+        subprocess.run([sys.executable, "-c", start + code], check=True, timeout=100)
+
+    elsewhere("(p / 'config.json').write_text('{\"config\": {}}')")
+    assert (run.is_started, run.is_finished, run.metrics(), run.newest_step()) == (True, False, [], None)
+    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+    elsewhere(
+        "(p / 'metrics.jsonl').write_text('{\"step\": 1}'); (p / 'adapter.safetensors').write_text('x');"
+        "(p / 'checkpoints/5/commit_success.txt').write_text('x'); (p / 'checkpoints/7/cut_short').write_text('x')"
+    )
+    assert (run.is_started, run.is_finished, run.metrics(), run.newest_step()) == (False, True, [{"step": 1}], 5)
+
+
 def test_what_is_no_place_for_a_run_is_refused():
     with pytest.raises(ValueError, match=r"s3:/bucket/run is a URL that nothing here reads"):
         RunConfig(run=ExecutionConfig(run_dir=Path("s3://bucket/run")))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from stable_lora_jax.lora import inject_lora, merge_lora
 from tests.documents import programs
 from tests.ecosystem.watching import Watch, beside
 
@@ -65,6 +66,20 @@ def test_einsum_adapters_in_tunix_own_trainer():
     trainer = PeftTrainer(model, watch.tx, TrainingConfig(eval_every_n_steps=1000, max_steps=STEPS))
     trainer.with_gen_model_input_fn(model_input).train(batches(STEPS))
     watch.check(nnx.state(model, nnx.LoRAParam), trainer.optimizer.opt_state, beside(*NAMES))
+
+
+def test_our_own_adapters_inside_tunix_model():
+    """Its MLP is of Linear layers, which `inject_lora` finds; its einsums are Qwix's, as above."""
+    model = inject_lora(Llama3(CONFIG, rngs=nnx.Rngs(0)), 3, 6.0, ["gate_proj", "down_proj"], rngs=nnx.Rngs(1))
+    watch = Watch(2e-2, 0.02, stack_axes=())
+    trainer = PeftTrainer(model, watch.tx, TrainingConfig(eval_every_n_steps=1000, max_steps=STEPS))
+    trainer.with_gen_model_input_fn(model_input).train(batches(STEPS))
+    names = [f"layers/0/mlp/{name}/lora" for name in ("gate_proj", "down_proj")]
+    watch.check(nnx.state(model, nnx.LoRAParam), trainer.optimizer.opt_state, beside(*names))
+    inputs = model_input(next(batches(1)))
+    arguments = inputs["input_tokens"], inputs["positions"], None, inputs["attention_mask"]
+    expected = model(*arguments)[0]
+    np.testing.assert_allclose(merge_lora(model)(*arguments)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_program_of_the_documentation_runs():
