@@ -282,7 +282,7 @@ def test_records_that_are_none(flags, tmp_path, capsys, record):
         ("export x y --format merged --base z", "base says nothing about merged"),
         ("export x y --dtype bfloat16", "dtype says nothing about peft"),
         ("export x y --format gguf --base z", "base says nothing about gguf"),
-        ("export x y --format gguf", "format='gguf' is unknown. Known: peft, merged"),
+        ("export x y --format onnx", "format='onnx' is unknown. Known: peft, gguf, merged"),
         ("export-plots", "no run directory"),
         ("export-plots x", "x holds no metrics.jsonl"),
         ("export-plots x --file-format gif", "file_format='gif' is unknown. Known: png, svg, pdf"),
