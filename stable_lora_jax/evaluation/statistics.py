@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from scipy import stats
 
 Numbers: TypeAlias = Sequence[float] | np.ndarray
 
@@ -39,6 +38,8 @@ def mean_interval(values: Numbers, level: float = 0.95) -> Estimate:
       >>> print("{:.2f}, {:.2f} to {:.2f}".format(*mean_interval([1.0, 2.0, 3.0])))
       2.00, -0.48 to 4.48
     """
+    from scipy import stats  # here and below: its import takes a second of every command's start
+
     numbers = _some(values)
     _check_level(level)
     mean, count = float(numbers.mean()), len(numbers)
@@ -57,6 +58,8 @@ def paired_p_value(differences: Numbers) -> float:
     Raises:
       ValueError: no difference.
     """
+    from scipy import stats
+
     numbers = np.round(_some(differences), 9)  # equal differences of other numbers differ by rounding
     return float(np.asarray(stats.ttest_1samp(numbers, 0))[1]) if np.ptp(numbers) > 0 else math.nan
 
@@ -117,6 +120,8 @@ def paired_bootstrap(
     Raises:
       ValueError: not the same number of questions, fewer than two, or a level out of range.
     """
+    from scipy import stats
+
     difference = _difference(first, second)
     _check_level(level)
     if np.ptp(difference) == 0:  # nothing to resample: every draw has the same mean
