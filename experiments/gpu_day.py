@@ -81,7 +81,7 @@ def report(results: Path) -> str:
 
 def main(config: GpuDayConfig) -> None:
     if config.smoke:
-        with smoke(config, seeds=2, together=1, methods=("adamw", "stable-lora")) as small:
+        with smoke(config, seeds=2, together=1, methods=("adamw", "stable-lora"), minutes=None) as small:
             run_cells("gpu_day", cells(small), small)
             print(report(small.results))
         return

@@ -136,7 +136,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     linears = {path: linear for path, linear in linear_modules(model).items() if linear.kernel.ndim <= 3}
     slots = {path: [module_name(path, i) for i in _layers(linear)] for path, linear in linears.items()}
     wanted = {key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
-    whole, rest = _whole(directory, model, module_name, tensors, bool(config.get("modules_to_save")))
+    whole, rest = _whole(directory, model, module_name, tensors, config.get("modules_to_save") or [])
     wanted |= rest
     dora = bool(config.get("use_dora"))
     targets = [path for path, names in slots.items() if wanted.issuperset(names)]
@@ -229,13 +229,14 @@ def _parts(path: str, param: Any, module_name: ModuleName) -> list[tuple[str, st
 
 
 def _whole(
-    directory: Path, model: nnx.Module, module_name: ModuleName, tensors: dict[str, Any], allowed: bool
+    directory: Path, model: nnx.Module, module_name: ModuleName, tensors: dict[str, Any], saved: list[str]
 ) -> tuple[dict[str, Any], set[str]]:
     """Returns path of a parameter -> its value, of the modules that were trained whole, and the keys left over."""
     left = {key for key in tensors if ".lora_" not in key}
     found: dict[str, Any] = {}
+    theirs: set[str] = set()
     params = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    for path, param in params.items() if allowed and left else ():
+    for path, param in params.items() if saved and left else ():
         if path.rpartition(".")[2] not in _LEAVES:
             continue
         try:
@@ -251,6 +252,12 @@ def _whole(
             values = [value.T if path.endswith(".kernel") else value for value in values]
             found[path] = jnp.asarray(np.stack(values).reshape(param.shape))
             left -= set(keys)
+            theirs |= {name for name, _, _ in parts}
+    if lacking := [name for name in saved if not any(each.endswith(name) for each in theirs)]:
+        raise ValueError(
+            f"{directory / CONFIG} says modules_to_save={saved}, but {WEIGHTS} or the model has nothing of "
+            f"{', '.join(lacking)}. Copy the directory again, or load it onto the model that it was trained on."
+        )
     return found, left
 
 
@@ -285,6 +292,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 "Correct it as it was in training."
             )
     _check_patterns(directory, config)
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise ValueError(f"{directory / CONFIG} says modules_to_save={saved!r}. It must be a list of names, or null.")
     for name in ("use_rslora", "use_dora"):
         if not isinstance(config.get(name) or False, bool):
             raise ValueError(f"{directory / CONFIG} says {name}={config[name]!r}. It must be true or false.")

@@ -205,7 +205,7 @@ def test_a_file_of_two_dtypes_is_computed_in_the_wider(tmp_path, narrow):
         (lambda d: drop_from_config(d, "r"), "adapter_config.json lacks r."),
         (lambda d: drop_from_config(d, "r", "lora_alpha"), "adapter_config.json lacks r and lora_alpha."),
         (lambda d: change_config(d, peft_type="LOHA"), "holds a LOHA adapter. Only LORA can be loaded."),
-        (lambda d: change_config(d, use_dora=True), "uses use_dora=True. Only plain LoRA"),
+        (lambda d: change_config(d, use_dora=True), "lora_magnitude_vector. The file is not complete"),
         *(
             (lambda d, init=init: change_config(d, init_lora_weights=init), f"uses init_lora_weights='{init}'. Only")
             for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
@@ -213,7 +213,9 @@ def test_a_file_of_two_dtypes_is_computed_in_the_wider(tmp_path, narrow):
         (lambda d: change_config(d, alora_invocation_tokens=[1, 2]), "uses alora_invocation_tokens=[1, 2]"),
         (lambda d: change_config(d, use_qalora=True), "uses use_qalora=True"),
         (lambda d: change_config(d, kasa_config={"beta": 1.0}), "uses kasa_config={'beta': 1.0}"),
-        (lambda d: change_config(d, modules_to_save=["lm_head"]), "uses modules_to_save=['lm_head']"),
+        (lambda d: change_config(d, modules_to_save=["lm_head"]), "has nothing of lm_head"),
+        (lambda d: change_config(d, modules_to_save="lm_head"), "must be a list of names"),
+        (lambda d: change_config(d, bias="all"), "uses bias='all'. Only plain LoRA"),
         (lambda d: change_config(d, rank_pattern={"q_proj": 4}), "its r is not the one in its configuration"),
         (lambda d: change_config(d, rank_pattern={"q_proj": "4"}), "says rank_pattern={'q_proj': '4'}. It must map"),
         (lambda d: change_config(d, alpha_pattern=[1]), "says alpha_pattern=[1]. It must map patterns"),
