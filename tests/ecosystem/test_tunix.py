@@ -3,6 +3,7 @@
 Tunix's pins clash with ours, so it has an environment of its own: make test-tunix.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,8 +71,11 @@ def test_einsum_adapters_in_tunix_own_trainer():
 
 def test_our_own_adapters_inside_tunix_model():
     """Its MLP is of Linear layers, which `inject_lora` finds; its einsums are Qwix's, as above."""
-    model = inject_lora(Llama3(CONFIG, rngs=nnx.Rngs(0)), 3, 6.0, ["gate_proj", "down_proj"], rngs=nnx.Rngs(1))
-    watch = Watch(2e-2, 0.02, stack_axes=())
+    model, random = Llama3(CONFIG, rngs=nnx.Rngs(0)), nnx.Rngs(2)
+    for linear in (model.layers[0].mlp.gate_proj, model.layers[0].mlp.up_proj, model.layers[0].mlp.down_proj):
+        linear.kernel[...] = 0.2 * jax.random.normal(random.params(), linear.kernel.shape)  # they begin at zero
+    inject_lora(model, 3, 6.0, ["gate_proj", "down_proj"], rngs=nnx.Rngs(1))
+    watch = Watch(2e-2, 0.05, stack_axes=())
     trainer = PeftTrainer(model, watch.tx, TrainingConfig(eval_every_n_steps=1000, max_steps=STEPS))
     trainer.with_gen_model_input_fn(model_input).train(batches(STEPS))
     names = [f"layers/0/mlp/{name}/lora" for name in ("gate_proj", "down_proj")]
