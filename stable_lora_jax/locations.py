@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,16 @@ def write_whole(path: Location, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def delete(path: Location) -> None:
+    """Deletes a file, a link, or a folder with all that is in it."""
+    if not isinstance(path, Path):  # an epath.Path
+        path.rmtree() if path.is_dir() else path.unlink()
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextlib.contextmanager

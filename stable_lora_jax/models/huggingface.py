@@ -221,7 +221,8 @@ def _weight_files(directory: Path) -> list[Path]:
 def _read_header(file: Path) -> dict[str, _Tensor]:
     try:
         with safe_open(file, framework="numpy") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+            names = opened.keys()
+            parts = {name: opened.get_slice(name) for name in names}
             return {
                 name: _Tensor(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()
             }

@@ -6,14 +6,13 @@ there a checkpoint is whole once Orbax has put its mark into it, and what has no
 """
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from stable_lora_jax.locations import Location, is_url, location
+from stable_lora_jax.locations import Location, delete, is_url, location
 from stable_lora_jax.training.distributed import LostProcessError, is_first
 from stable_lora_jax.training.step import TrainState
 
@@ -166,14 +165,15 @@ class Checkpoints:
     def _delete(self, *patterns: str) -> None:
         for path in (path for pattern in patterns for path in self._directory.glob(pattern) if is_first()):
             # What cannot be deleted now (a save that failed may still be at work there) is no checkpoint either way.
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                delete(path)
 
     def _delete_unfinished(self) -> None:
         """Deletes what a save that was killed left in a bucket."""
         if is_url(self._directory) and is_first():
             for path in self._directory.glob("[0-9]*"):
                 if not _is_whole(path):
-                    path.rmtree()  # pyright: ignore[reportAttributeAccessIssue]
+                    delete(path)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

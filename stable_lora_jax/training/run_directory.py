@@ -18,7 +18,6 @@ which is the one that started or resumed it last: another looks before each of i
 import contextlib
 import json
 import os
-import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stable_lora_jax.locations import Location, is_url, location, write_whole
+from stable_lora_jax.locations import Location, delete, is_url, location, write_whole
 from stable_lora_jax.training.checkpoints import newest_step
 from stable_lora_jax.training.metrics import read_metrics
 from stable_lora_jax.training.provenance import commit, versions
@@ -235,7 +234,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self._entries():
             if path.name not in (_CONFIG, _LOCK) and (overwrite or (auto_resume and path.name in _STARTED)):
-                _delete(path)
+                delete(path)
         try:
             if not self.is_remote:
                 self.checkpoints.mkdir()
@@ -272,16 +271,6 @@ class RunDirectory:
         if _CONFIG in left:
             return _ADAPTER not in left  # else it had come to its end
         return left == {_CHECKPOINTS} and not any(self.checkpoints.iterdir())
-
-
-def _delete(path: Location) -> None:
-    """Deletes a file, a link, or a folder with all that is in it."""
-    if is_url(path):
-        path.rmtree() if path.is_dir() else path.unlink()  # pyright: ignore[reportAttributeAccessIssue]
-    elif path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _is_a_run(left: set[str]) -> bool:
