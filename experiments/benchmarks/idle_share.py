@@ -2,7 +2,7 @@
 
 Question:  does anything around the step (data, metrics, checkpoints) keep the device waiting?
 Command:   python -m experiments.benchmarks.idle_share
-Hardware:  any; on a CPU the device are XLA's own threads. Minutes: 3 on two cores.
+Hardware:  any; on a CPU the device is XLA's own threads. Minutes: those of twelve steps, not yet measured.
 Expected:  (2026-11-28) below 2 % on two cores: a batch is ready and metrics are fetched a step late.
 
 A run of `stable_lora_jax.finetune` as a user starts it, on rows of 64 tokens, the benchmarks' shortest. Norms are

@@ -20,7 +20,8 @@ from stable_lora_jax import (
 def in_turns(*columns: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Returns the combinations of the first two columns, each with the next entry of the others in turn.
 
-    A product of all columns takes minutes; this way every entry still meets every entry of the first column.
+    A product of all columns takes minutes. This way every entry of the first two columns meets each other, and as many
+    entries of the others as the other of the two has.
     """
     first, second, *others = map(list, columns)
     pairs = itertools.product(range(len(first)), range(len(second)))
