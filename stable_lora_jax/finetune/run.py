@@ -77,7 +77,8 @@ def finetune(config: RunConfig) -> TrainResult:
         data["form"] = "chat"  # what the model is to be asked in
     if validation:
         data["validation_sha256"] = digest(validation.examples)
-    asked = {"auto_resume": how.auto_resume, "overwrite": how.overwrite}
+    asked: dict[str, Any] = {"auto_resume": how.auto_resume, "overwrite": how.overwrite}
+    asked["defaults"] = fingerprint(RunConfig())
     resume = directory.resumes(written, data, resume=how.resume, **asked)
     # What several devices share would not fit the first of them whole, nor next to its part: each part is read to its
     # device. What is quantized first, and adapters, stay on the host, from where `train` gives each device its part.

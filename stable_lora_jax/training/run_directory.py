@@ -142,6 +142,7 @@ class RunDirectory:
         resume: bool,
         auto_resume: bool,
         overwrite: bool,
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> bool:
         """Returns whether a run resumes here; refuses to overwrite one unasked, or to resume something else.
 
@@ -151,6 +152,7 @@ class RunDirectory:
           resume: resume, or refuse.
           auto_resume: resume if there is a checkpoint, else start.
           overwrite: the run that is there may be replaced.
+          defaults: by section, of the options that a run may be too old to know.
 
         Raises:
           ValueError: the directory is in use, contains nothing to resume, belongs to another configuration or other
@@ -161,7 +163,7 @@ class RunDirectory:
         if resume and not self.config_file.exists():
             raise ValueError(f"There is no run to resume in {self.path}. Start it without --resume.")
         if (resume or auto_resume) and (before := self.record()):
-            if what := _differing(_flat(before["config"]), _flat(config)):
+            if what := _differing(_flat(defaults or {}) | _flat(before["config"]), _flat(config)):
                 raise ValueError(f"The run in {self.path} was started with other values ({what}). Resume with its own.")
             if what := _differing(before, data):
                 raise ValueError(
@@ -212,13 +214,14 @@ class RunDirectory:
         *,
         auto_resume: bool,
         overwrite: bool,
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Makes the directory a new run's own, and config.json, which is whole as soon as it is there.
 
         What is there is deleted with `overwrite`, and with `auto_resume` what a stopped start wrote; else nothing is.
 
         Args:
-          config, data, auto_resume, overwrite: as in `resumes`.
+          config, data, auto_resume, overwrite, defaults: as in `resumes`.
           seen: `last_start`, from before `resumes` was asked first.
 
         Raises:
@@ -228,7 +231,8 @@ class RunDirectory:
             f"Another run has begun in {self.path} since this one looked. Choose another --run-dir, or wait for its "
             "end."
         )
-        asked = {"resume": False, "auto_resume": auto_resume, "overwrite": overwrite}
+        asked: dict[str, Any] = {"resume": False, "auto_resume": auto_resume, "overwrite": overwrite}
+        asked["defaults"] = defaults
         if self.last_start() != seen or self.resumes(config, data, **asked):
             raise another
         self.path.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,7 @@ def test_peft_computes_the_same_both_ways(tmp_path):
     np.testing.assert_allclose(tiny.call(again, jnp.asarray(tokens)), logits(trained), atol=1e-4)
 
 
-def test_the_command_trains_resumes_and_exports_it(model_dir, data_file, tmp_path):
+def test_the_command_trains_resumes_and_exports_it(model_dir, data_file, tmp_path, capsys):
     flags = ["train", "--model", model_dir, "--data", data_file, "--rank", 2, "--use-dora", "--batch-size", 4]
     flags += ["--save-every", 3, "--keep", 3, "--norms-every", 3, "--learning-rate", "1e-2"]
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -180,7 +180,14 @@ def test_the_command_trains_resumes_and_exports_it(model_dir, data_file, tmp_pat
     assert main([*map(str, flags), "--steps", "6", "--run-dir", str(run)]) == 0
     (run / "adapter.safetensors").unlink()
     shutil.rmtree(run / "checkpoints" / "6")
-    assert main([*map(str, flags), "--steps", "6", "--run-dir", str(run), "--resume"]) == 0
+    # As of a run that is older than an option: it resumes with the default, and with nothing else.
+    record = json.loads((run / "config.json").read_text())
+    del record["config"]["adapter"]["modules_to_save"]
+    (run / "config.json").write_text(json.dumps(record))
+    resumed = [*map(str, flags), "--steps", "6", "--run-dir", str(run), "--resume"]
+    assert main([*resumed, "--modules-to-save", "norm"]) == 2
+    assert "adapter.modules_to_save: run '', now 'norm'" in capsys.readouterr().err
+    assert main(resumed) == 0
     assert (run / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
     assert main(["export", str(run), str(tmp_path / "peft")]) == 0
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["use_dora"] is True
