@@ -1,8 +1,8 @@
 """What the documents show must run: programs and notebooks. The program with Tunix runs in its own tests."""
 
 import importlib
+import os
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ def test_every_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) or output.get("text") for output in shown), "commit its outputs"
-    start = time.perf_counter()
-    # Where Jupyter starts it: beside the file.
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": path.parent}}).execute()
-    assert time.perf_counter() - start < 120
+    # As Jupyter starts it: beside the file, and without the flags by which tests compile quickly and compute slowly.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute(env=environment)

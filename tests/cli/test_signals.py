@@ -1,9 +1,11 @@
 """Signals to the real command, as a process of its own, at every moment of its life."""
 
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,10 +33,20 @@ def wait_for_step(metrics, step, child):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("after", [0.1, 0.5, 1, 2, 4])
+def wait_for_first_line(child):
+    """Waits until the command's own code runs: Python itself leaves SIGTERM to the system, the command does not."""
+    deadline, status = time.monotonic() + 60, Path(f"/proc/{child.pid}/status")
+    while not int(re.findall(r"^SigCgt:\s*(\w+)", status.read_text(), re.M)[0], 16) >> (signal.SIGTERM - 1) & 1:
+        assert child.poll() is None
+        assert time.monotonic() < deadline, "no line of the command in time"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("after", [0, 0.5, 1, 2, 4])
 def test_an_early_interrupt_ends_at_once_with_one_line(train_flags, tmp_path, after):
     run = tmp_path / "run"
     with start([*train_flags, "--steps", 100_000, "--run-dir", run]) as child:
+        wait_for_first_line(child)
         time.sleep(after)
         reached = last_step(run / "metrics.jsonl")
         child.send_signal(signal.SIGINT)
