@@ -29,7 +29,7 @@ from jax import Array
 from experiments.studies import theory
 from experiments.studies.theory import METHODS, RANK, by_step, constants, measure_missing, section, sizes_of_step
 from stable_lora_jax import stability, stable_lora_shrink
-from stable_lora_jax.lora.linear import A_INIT
+from stable_lora_jax.lora.layer import A_INIT
 from stable_lora_jax.training import read_metrics
 
 BATCH = 16

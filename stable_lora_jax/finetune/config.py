@@ -94,8 +94,8 @@ class AdapterConfig:
     alpha: float = 16.0
     """Their scale is s = alpha / rank."""
     targets: str = "qv"
-    """Adapted modules: qv, qkvo, qkvogud, all-linear (all but the output layer), or a regular expression for dotted
-    paths."""
+    """Adapted modules: qv, qkvo, qkvogud, all-linear (all but the output layer), endings of paths such as
+    q_proj,embed_tokens,lm_head, or a regular expression for dotted paths."""
     exclude: str = ""
     """Endings of paths that are left out, e.g. k_proj,down_proj."""
     rank_pattern: str = ""

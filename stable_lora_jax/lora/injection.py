@@ -11,7 +11,9 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from stable_lora_jax.lora.linear import A_INIT, B_INIT, LoRALinear
+from stable_lora_jax.lora.layer import A_INIT, B_INIT, LoRALayer
+from stable_lora_jax.lora.linear import LoRALinear
+from stable_lora_jax.lora.vocabulary import LoRAEmbed, LoRATiedHead, tied_embedding
 from stable_lora_jax.lora.whole_modules import freeze_whole, train_whole
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -30,6 +32,8 @@ TARGETS = {
 
 # Every Linear layer but the output layer, as in PEFT.
 ALL_LINEAR = "all-linear"
+# Where a decoder keeps its output layer.
+_HEAD = ("lm_head",)
 
 
 def inject_lora(
@@ -54,17 +58,19 @@ def inject_lora(
     r"""Returns `model`, changed in place: each targeted `nnx.Linear` is now a `LoRALinear` around it.
 
     Works on any NNX model; a Linear whose kernel is stacked over leading axes gets one adapter per matrix. With the
-    default initializers the outputs stay the same to the last bit.
+    default initializers the outputs stay the same to the last bit. An `nnx.Embed` that is listed becomes a `LoRAEmbed`;
+    so does `lm_head` of a decoder whose embedding is its output layer (`LoRATiedHead`).
 
     Args:
-      model: holds the Linear layers to adapt, at any depth.
+      model: holds the layers to adapt, at any depth.
       rank: r >= 1.
       alpha: the scale is s = alpha / rank; > 0.
       targets: "qv", "qkvo" or "qkvogud"; "all-linear", every Linear but the output layer `lm_head`; a list of dotted
-        paths, each of which is a whole path or else the ending of any number of paths; or a regular expression that
-        must match a whole dotted path, e.g. ``r"layers\.mlp\..*"``.
+        paths, or a text with commas between them, each of which is a whole path or else the ending of any number of
+        paths, e.g. "q_proj,embed_tokens,lm_head"; or a regular expression that must match a whole dotted path of
+        Linear layers, e.g. ``r"layers\.mlp\..*"``.
       rngs: random streams for the adapters.
-      dtype, use_rslora, dropout, a_init, b_init: as in `LoRALinear`.
+      dtype, use_rslora, dropout, a_init, b_init: as in `LoRALayer`; an embedding takes the first two.
       a_scale: the start of every A is multiplied by it; > 0. A start of 1/4 to 1/16 of the size does in some settings
         what the shrink of Stable-LoRA does.
       rank_pattern, alpha_pattern: other ranks and alphas for some layers, as PEFT has them: a regular expression for
@@ -74,10 +80,10 @@ def inject_lora(
       modules_to_save: modules that are trained whole, such as "norm" or "lm_head"; see `train_whole`.
 
     Raises:
-      ValueError: nothing, or one of the listed names, matches (the model's Linear layers are listed), which holds for
-        patterns and what is left out too; rank, alpha,
-        dropout or a_scale out of range; the model has adapters already, ours or another library's; it is a Linear layer
-        itself, or has one under two names or in a tuple. The model is then unchanged.
+      ValueError: nothing, or one of the listed names, matches (the model's layers are listed), which holds for
+        patterns and what is left out too; rank, alpha, dropout or a_scale out of range; the model has adapters already,
+        ours or another library's; it is a Linear layer itself, or has one under two names or in a tuple; DoRA for an
+        embedding. The model is then unchanged.
 
     Examples:
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
@@ -92,36 +98,34 @@ def inject_lora(
             f"The model has LoRA adapters already, at {listed(present)}. Adapters are not stacked on adapters: call "
             "merge_lora(model) first, or start from the base model."
         )
-    linears = modules_at(model, nnx.Linear)
-    chosen = _matching(linears, targets)
+    layers = _adaptable(model)
+    chosen = _matching(layers, targets)
     if exclude:
-        left_out = _matching(linears, list(exclude))
-        chosen = {path: linear for path, linear in chosen.items() if path not in left_out}
+        left_out = _matching(layers, list(exclude))
+        chosen = {path: layer for path, layer in chosen.items() if path not in left_out}
         if not chosen:
             raise ValueError(f"exclude={list(exclude)} leaves nothing of the targets {targets!r}. Leave less out.")
     ranks = _by_pattern("rank_pattern", rank_pattern or {}, chosen, rank)
     alphas = _by_pattern("alpha_pattern", alpha_pattern or {}, chosen, alpha)
     check_one_name(model, chosen.values())
+    if use_dora and (no_dora := [dotted(path) for path, layer in chosen.items() if isinstance(layer, nnx.Embed)]):
+        raise ValueError(f"DoRA is not for {listed(no_dora)}: it has no columns of its own. Leave one of them out.")
     places = [place(model, path) for path in chosen]
     if both := [name for path in chosen for name in modules_to_save if re.fullmatch(_ending(name), dotted(path))]:
         raise ValueError(f"{listed(dict.fromkeys(both))} are targets and modules_to_save. Leave them out of one.")
-    adapted = [
-        LoRALinear(
-            linear,
-            ranks[path],
-            alphas[path],
-            rngs=rngs,
-            dtype=dtype,
-            use_rslora=use_rslora,
-            dropout=dropout,
-            a_init=a_init,
-            b_init=b_init,
-            use_dora=use_dora,
-        )
-        for path, linear in chosen.items()
-    ]
+    of_all: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "use_rslora": use_rslora}
+    of_linears = of_all | {"dropout": dropout, "a_init": a_init, "b_init": b_init}
+
+    def adapted(path: Path, layer: nnx.Linear | nnx.Embed) -> LoRALayer:
+        if isinstance(layer, nnx.Linear):
+            return LoRALinear(layer, ranks[path], alphas[path], use_dora=use_dora, **of_linears)
+        if path == _HEAD:
+            return LoRATiedHead(layer, ranks[path], alphas[path], **of_linears)
+        return LoRAEmbed(layer, ranks[path], alphas[path], **of_all)
+
+    modules = [adapted(path, layer) for path, layer in chosen.items()]
     train_whole(model, modules_to_save, dtype)
-    for put, module in zip(places, adapted, strict=True):
+    for put, module in zip(places, modules, strict=True):
         if a_scale != 1:
             module.lora_a[...] = jnp.asarray(a_scale, module.lora_a.dtype) * module.lora_a[...]
         put(module)
@@ -129,34 +133,60 @@ def inject_lora(
 
 
 def merge_lora(model: Model) -> Model:
-    """Returns `model`, changed in place: every `LoRALinear` is again a Linear, with kernel W + s A B.
+    """Returns `model`, changed in place: every adapted layer is again what it was, with kernel W + s A B.
 
     With DoRA the columns of that sum are rescaled. It is formed in float32 (or wider) and rounded once to the
-    kernel's dtype. Modules that were trained whole are frozen in their own dtype.
+    kernel's dtype. Modules that were trained whole are frozen in their own dtype. A tied embedding, or output layer,
+    that has an adapter becomes two weights.
 
     Raises:
-      ValueError: the model has no adapters, a quantized base, which would round their part away, or is itself a
-        `LoRALinear`. The model is then unchanged.
+      ValueError: the model has no adapters, a quantized base, which would round their part away, or is itself an
+        adapted layer; or it has an adapted embedding, and nothing that says whether this is its output layer too (an
+        `lm_head`, and a method `untie` where that is None). The model is then unchanged.
     """
-    modules = modules_at(model, LoRALinear)
+    modules = modules_at(model, LoRALayer)
     if not modules:
         raise ValueError("The model has no LoRA adapters to merge. Call inject_lora(model, ...) or load some first.")
-    if quantized := [dotted(path) for path, module in modules.items() if _is_quantized(module.base)]:
+    linears = {path: module for path, module in modules.items() if isinstance(module, LoRALinear)}
+    if quantized := [dotted(path) for path, module in linears.items() if _is_quantized(module.base)]:
         raise ValueError(
             f"The base is quantized at {listed(quantized)}. Rounding the sum again would lose the adapters: load the "
             "base without quantizing it, load the adapters onto that, and merge there."
         )
-    places = [place(model, path) for path in modules]
-    for put, module in zip(places, modules.values(), strict=True):
-        module.base.kernel[...] = module.merged_kernel()
-        put(module.base)
+    places = {path: place(model, path) for path in modules}
+    if len(linears) < len(modules) and tied_embedding(model) is not None:
+        _untie(model)
+        modules = modules_at(model, LoRALayer)  # an adapter of the output layer is around its new weight now
+    elif len(linears) < len(modules) and not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"{type(model).__name__} has an adapted embedding and no lm_head, so nothing says whether the embedding is "
+            "the output layer too, which merging would change. Merge the other layers alone, without this adapter."
+        )
+    for path, module in modules.items():
+        if isinstance(module, LoRALinear | LoRAEmbed):
+            places[path](module.merged())
     freeze_whole(model)
     return model
 
 
-def lora_modules(model: nnx.Module) -> dict[str, LoRALinear]:
+def _untie(model: Any) -> None:
+    """Gives a model with a tied output layer one of its own, around which that layer's adapter is put."""
+    untie, adapter = getattr(model, "untie", None), getattr(model, "lm_head", None)
+    if untie is None:
+        raise ValueError(
+            f"{type(model).__name__} has one weight for its embedding and its output layer, of which one has an "
+            "adapter. To be merged it needs a method untie(), which makes lm_head a Linear of its own."
+        )
+    untie()
+    if isinstance(adapter, LoRATiedHead):
+        linear = LoRALinear(model.lm_head, adapter.rank, adapter.alpha, rngs=nnx.Rngs(0), use_rslora=adapter.use_rslora)
+        linear.lora_a, linear.lora_b = adapter.lora_a, adapter.lora_b
+        model.lm_head = linear
+
+
+def lora_modules(model: nnx.Module) -> dict[str, LoRALayer]:
     """Returns dotted path -> adapted layer, in a fixed order."""
-    return {dotted(path): module for path, module in modules_at(model, LoRALinear).items()}
+    return {dotted(path): module for path, module in modules_at(model, LoRALayer).items()}
 
 
 def adapted_paths(model: nnx.Module) -> list[str]:
@@ -165,9 +195,15 @@ def adapted_paths(model: nnx.Module) -> list[str]:
     return list(dict.fromkeys(dotted(path[:-1]) for path, _ in matrices))
 
 
-def linear_modules(model: nnx.Module) -> dict[str, nnx.Linear]:
-    """Returns dotted path -> Linear layer, in a fixed order."""
-    return {dotted(path): module for path, module in modules_at(model, nnx.Linear).items()}
+def adaptable_layers(model: nnx.Module) -> dict[str, nnx.Linear | nnx.Embed]:
+    """Returns dotted path -> layer that can have an adapter, in a fixed order; a tied `lm_head` is the embedding."""
+    return {dotted(path): layer for path, layer in _adaptable(model).items()}
+
+
+def _adaptable(model: nnx.Module) -> dict[Path, nnx.Linear | nnx.Embed]:
+    tied = tied_embedding(model)
+    layers: dict[Path, nnx.Linear | nnx.Embed] = {**modules_at(model, nnx.Linear), **modules_at(model, nnx.Embed)}
+    return layers | ({_HEAD: tied} if isinstance(tied, nnx.Embed) else {})
 
 
 def modules_at(model: nnx.Module, kind: type[Kind]) -> dict[Path, Kind]:
@@ -184,9 +220,14 @@ def _ending(name: str) -> str:
     return rf"(?:.*\.)?{re.escape(name)}"
 
 
-def _matching(linears: dict[Path, nnx.Linear], targets: str | Sequence[str]) -> dict[Path, nnx.Linear]:
-    """Returns the layers that the targets name, each target matching at least one."""
-    whole = {path: dotted(path) for path in linears}
+def _matching(
+    layers: dict[Path, nnx.Linear | nnx.Embed], targets: str | Sequence[str]
+) -> dict[Path, nnx.Linear | nnx.Embed]:
+    """Returns the layers that the targets name, each target matching at least one; expressions match Linear layers."""
+    if isinstance(targets, str) and targets not in TARGETS and re.fullmatch(r"\w+(\.\w+)*(,\w+(\.\w+)*)*", targets):
+        targets = targets.split(",")
+    named = not isinstance(targets, str)
+    whole = {path: dotted(path) for path, layer in layers.items() if named or isinstance(layer, nnx.Linear)}
     if not isinstance(targets, str):
         patterns = {name: re.escape(name) if name in whole.values() else _ending(name) for name in targets}
     elif targets == ALL_LINEAR:
@@ -201,12 +242,13 @@ def _matching(linears: dict[Path, nnx.Linear], targets: str | Sequence[str]) -> 
         raise ValueError(f"LoRA targets {targets!r} are no regular expression ({error}).") from error
     if missing := [name for name, paths in found.items() if not paths] or ([] if found else ["(no target)"]):
         raise ValueError(
-            f"LoRA targets {missing} match no Linear layer. The model's Linear layers are {listed(whole.values())}. "
-            f"Targets are one of {[*TARGETS, ALL_LINEAR]}, a list of paths or path endings, or a regular expression "
-            "for whole paths."
+            f"LoRA targets {missing} match no {'' if named else 'Linear '}layer. The model's are "
+            f"{listed(whole.values())}. Targets are one of {[*TARGETS, ALL_LINEAR]}, a list of paths or path endings "
+            "(also of embeddings), these with commas between them, or a regular expression for whole paths of Linear "
+            "layers."
         )
     chosen = {path for paths in found.values() for path in paths}
-    return {path: linear for path, linear in linears.items() if path in chosen}
+    return {path: layer for path, layer in layers.items() if path in chosen}
 
 
 def _by_pattern(option: str, pattern: Mapping[str, Any], chosen: Iterable[Path], default: Any) -> dict[Path, Any]:
@@ -230,7 +272,7 @@ def _by_pattern(option: str, pattern: Mapping[str, Any], chosen: Iterable[Path],
     return values
 
 
-def check_one_name(model: nnx.Module, chosen: Iterable[nnx.Linear]) -> None:
+def check_one_name(model: nnx.Module, chosen: Iterable[nnx.Module]) -> None:
     """Raises ValueError if one of these layers stands in several places: only one of them would be replaced."""
     names: dict[int, list[str]] = {}
     for path, module in nnx.iter_modules(model):
@@ -239,10 +281,10 @@ def check_one_name(model: nnx.Module, chosen: Iterable[nnx.Linear]) -> None:
         for keys, child in children:
             below = jax.tree_util.keystr(keys, simple=True, separator=".")
             names.setdefault(id(child), []).append(dotted((*path, below)))
-    for linear in chosen:
-        if len(shared := names.get(id(linear), [])) > 1:
+    for layer in chosen:
+        if len(shared := names.get(id(layer), [])) > 1:
             raise ValueError(
-                f"{' and '.join(sorted(shared))} are one and the same Linear layer, of which only one would be "
+                f"{' and '.join(sorted(shared))} are one and the same layer, of which only one would be "
                 "replaced: give each name a layer of its own (nnx.clone), or leave them out of the targets."
             )
 
@@ -277,7 +319,7 @@ def place(model: nnx.Module, path: Path) -> Callable[[nnx.Module], None]:
         if indexed:
             node[last] = module
         else:
-            setattr(node, last, module)
+            setattr(node, last, nnx.data(module))  # also where None was, as a tied output layer is
 
     return put
 

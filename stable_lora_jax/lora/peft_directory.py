@@ -2,8 +2,9 @@
 
 PEFT stores a layer's A as ``base_model.model.<module>.lora_A.weight``: (r, n), and B as ``….lora_B.weight``: (m, r), so
 both are transposed here, and adapters stacked over layers are one tensor per layer; magnitudes of DoRA are
-``….lora_magnitude_vector``: (m,). The scale stays in the configuration
-(lora_alpha, r, use_rslora); it is never multiplied into B.
+``….lora_magnitude_vector``: (m,). An embedding's are ``….lora_embedding_A`` and ``….lora_embedding_B``; next to
+adapters of the embedding or the output layer PEFT stores their frozen weights, which must be the model's. The scale
+stays in the configuration (lora_alpha, r, use_rslora); it is never multiplied into B.
 
 Modules have other names in a PEFT file than here (``model.layers.3.self_attn.q_proj`` is matrix 3 of
 ``layers.self_attn.q_proj``). `ModuleName` is that translation; that of our decoders is
@@ -19,39 +20,21 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors.flax import save_file
 
 from stable_lora_jax.lora.adapter_file import adapter_spec, same_base
-from stable_lora_jax.lora.injection import inject_lora, linear_modules, listed, lora_modules
-from stable_lora_jax.lora.linear import LoRALinear
+from stable_lora_jax.lora.injection import adaptable_layers, inject_lora, listed, lora_modules
+from stable_lora_jax.lora.layer import LoRALayer
+from stable_lora_jax.lora.peft_files import CONFIG, MAGNITUDE, WEIGHTS, read_peft
+from stable_lora_jax.lora.vocabulary import LoRAEmbed
 from stable_lora_jax.lora.whole_modules import whole_params
 
 ModuleName: TypeAlias = Callable[[str, int | None], str]
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_MAGNITUDE = "lora_magnitude_vector"
+_BASE = ".base_layer.weight"
 # Of modules that are trained whole: name of a parameter here -> in PyTorch, and its axes without those of a stack.
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _OWN_AXES = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
-
-# What PEFT 0.21 can train and this library cannot hold, with the values that mean "not used". Of the initializations,
-# those not listed (pissa, olora, corda, loftq, lora_ga) change the base weight, to which A and B then belong.
-_UNUSED = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (None,),
-    "use_qalora": (False, None),
-}
 
 
 def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: ModuleName) -> int:
@@ -71,12 +54,13 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
     spec = adapter_spec(model, base)
     modules = lora_modules(model)
     matrices = [each for path, module in modules.items() for each in _matrices(path, module, module_name)]
+    embeddings = {module_name(path, None) for path, module in modules.items() if isinstance(module, LoRAEmbed)}
     tensors: dict[str, Any] = {}
     for name, a, b, magnitude in matrices:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = jnp.asarray(a.T)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = jnp.asarray(b.T)
+        for side, matrix in (("A", a), ("B", b)):
+            tensors[f"base_model.model.{_key(name, side, name in embeddings)}"] = jnp.asarray(matrix.T)
         if magnitude is not None:
-            tensors[f"base_model.model.{name}.{_MAGNITUDE}"] = magnitude
+            tensors[f"base_model.model.{name}.{MAGNITUDE}"] = magnitude
     whole: dict[str, None] = {}
     for path, param in whole_params(model).items():
         for name, leaf, value in _parts(path, param, module_name):
@@ -123,7 +107,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         shape. The model is then unchanged.
     """
     directory = Path(directory)
-    config, tensors = _read(directory)
+    config, tensors = read_peft(directory)
     theirs = config.get("base_model_name_or_path")
     if theirs is not None and not isinstance(theirs, str):
         raise ValueError(f"{directory / CONFIG} says base_model_name_or_path={theirs!r}. It must be a text, or null.")
@@ -133,8 +117,12 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
             f"under another name, say so in base_model_name_or_path of {CONFIG}."
         )
     # A file names one layer by its number; what is stacked over several axes has no names there.
-    linears = {path: linear for path, linear in linear_modules(model).items() if linear.kernel.ndim <= 3}
-    slots = {path: [module_name(path, i) for i in _layers(linear)] for path, linear in linears.items()}
+    layers = adaptable_layers(model)
+    kernels = {path: _kernel(path, layer) for path, layer in layers.items()}
+    slots = {
+        path: [module_name(path, i) for i in _layers(kernel)] for path, kernel in kernels.items() if kernel.ndim <= 3
+    }
+    embeddings = {path for path, layer in layers.items() if path != "lm_head" and isinstance(layer, nnx.Embed)}
     wanted = {key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
     whole, rest = _whole(directory, model, module_name, tensors, config.get("modules_to_save") or [])
     wanted |= rest
@@ -153,7 +141,12 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         {path: _one_value(directory, option, config, slots[path], default) for path in targets}
         for option, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"]))
     )
-    stacks = {path: _stack(directory, path, linears[path], slots[path], tensors, ranks[path], dora) for path in targets}
+    stacks: dict[str, tuple[Any, ...]] = {}
+    for path in targets:
+        names, shape = slots[path], kernels[path].shape
+        stacks[path] = _stack(directory, path, shape, names, tensors, ranks[path], path in embeddings, dora)
+        for name in names:
+            _check_base(directory, name, kernels[path], tensors, path in embeddings)
     dtype = jnp.result_type(*(matrix.dtype for each in stacks.values() for matrix in each))  # the widest of all
     inject_lora(
         model,
@@ -177,7 +170,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     return len(known)
 
 
-def _patterns(values: Mapping[str, Any], modules: Mapping[str, LoRALinear], module_name: ModuleName) -> dict[str, Any]:
+def _patterns(values: Mapping[str, Any], modules: Mapping[str, LoRALayer], module_name: ModuleName) -> dict[str, Any]:
     """Returns module in transformers -> value, for the layers that have another than most."""
     return {
         re.escape(name): int(value) if float(value).is_integer() else value
@@ -203,7 +196,7 @@ def _one_value(directory: Path, option: str, config: Mapping[str, Any], names: l
     return values.pop()
 
 
-def _matrices(path: str, module: LoRALinear, module_name: ModuleName) -> list[tuple[str, Any, Any, Any]]:
+def _matrices(path: str, module: LoRALayer, module_name: ModuleName) -> list[tuple[str, Any, Any, Any]]:
     """Returns (module name, A, B, magnitudes or None) of every matrix."""
     a, b = module.lora_a[...], module.lora_b[...]
     if a.ndim > 3:
@@ -232,7 +225,7 @@ def _whole(
     directory: Path, model: nnx.Module, module_name: ModuleName, tensors: dict[str, Any], saved: list[str]
 ) -> tuple[dict[str, Any], set[str]]:
     """Returns path of a parameter -> its value, of the modules that were trained whole, and the keys left over."""
-    left = {key for key in tensors if ".lora_" not in key}
+    left = {key for key in tensors if ".lora_" not in key and not key.endswith(_BASE)}
     found: dict[str, Any] = {}
     theirs: set[str] = set()
     params = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
@@ -261,94 +254,46 @@ def _whole(
     return found, left
 
 
-def _layers(linear: nnx.Linear) -> list[int | None]:
-    return [None] if linear.kernel.ndim == 2 else list(range(linear.kernel.shape[0]))
+def _layers(kernel: Any) -> list[int | None]:
+    return [None] if kernel.ndim == 2 else list(range(kernel.shape[0]))
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
-        inside = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG}"))  # of adapters with names
+def _kernel(path: str, layer: nnx.Linear | nnx.Embed) -> Any:
+    """Returns what an adapter of this layer is added to: the embedding transposed for an output layer that is one."""
+    if isinstance(layer, nnx.Linear):
+        return layer.kernel
+    return layer.embedding[...].T if path == "lm_head" else layer.embedding
+
+
+def _key(name: str, side: str, embedding: bool) -> str:
+    return f"{name}.lora_embedding_{side}" if embedding else f"{name}.lora_{side}.weight"
+
+
+def _check_base(directory: Path, name: str, kernel: Any, tensors: dict[str, Any], embedding: bool) -> None:
+    """Raises ValueError if a directory holds another frozen weight of a module, as after resizing a vocabulary."""
+    if (theirs := tensors.get(f"{name}{_BASE}")) is None:
+        return
+    ours = kernel[...] if embedding else kernel[...].T
+    coarser = min(theirs.dtype, ours.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    if theirs.shape != ours.shape or not jnp.array_equal(theirs.astype(coarser), ours.astype(coarser)):
         raise ValueError(
-            f"{directory} lacks {' and '.join(missing)}. Give the directory that PEFT's save_pretrained wrote"
-            + (f", one of {', '.join(inside)}." if inside else ".")
+            f"{directory} holds a frozen weight of {name} {theirs.shape} that is not the model's {ours.shape}: the "
+            "adapter was trained on a base that had been changed, such as by more tokens. Load it onto that base."
         )
-    try:
-        config = dict(json.loads((directory / CONFIG).read_text()))
-        tensors = load_file(directory / WEIGHTS)
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise ValueError(f"{directory} is damaged ({error}); copy it again.") from error
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter. Only LORA can be loaded.")
-    if used := [name for name, unused in _UNUSED.items() if name in config and config[name] not in unused]:
-        told = ", ".join(f"{name}={config[name]!r}" for name in used)
-        raise ValueError(f"{directory} uses {told}. Only plain LoRA can be loaded.")
-    if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
-        raise ValueError(f"{directory / CONFIG} lacks {' and '.join(missing)}. Add them as they were in training.")
-    for name, kinds, kind in (("r", (int,), "integer"), ("lora_alpha", (int, float), "number")):
-        value = config[name]
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= 2**31:
-            raise ValueError(
-                f"{directory / CONFIG} says {name}={value!r}. It must be a positive {kind}, written without quotes. "
-                "Correct it as it was in training."
-            )
-    _check_patterns(directory, config)
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
-        raise ValueError(f"{directory / CONFIG} says modules_to_save={saved!r}. It must be a list of names, or null.")
-    for name in ("use_rslora", "use_dora"):
-        if not isinstance(config.get(name) or False, bool):
-            raise ValueError(f"{directory / CONFIG} says {name}={config[name]!r}. It must be true or false.")
-    return config, _plain_names(directory, tensors)
-
-
-def _check_patterns(directory: Path, config: Mapping[str, Any]) -> None:
-    for option, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
-        pattern = config.get(option) or {}
-        values = pattern.values() if isinstance(pattern, dict) else [None]
-        if any(not isinstance(each, kinds) or isinstance(each, bool) or not 0 < each <= 2**31 for each in values):
-            raise ValueError(
-                f"{directory / CONFIG} says {option}={pattern!r}. It must map patterns to positive numbers. Correct it "
-                "as it was in training."
-            )
-        for key in pattern:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(
-                    f"{directory / CONFIG}: {option} holds {key!r}, no regular expression ({error})."
-                ) from error
-
-
-def _plain_names(directory: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Returns the tensors without the prefix and the adapter's name that PEFT's keys have in some versions."""
-    plain: dict[str, Any] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.model.").replace(".default.weight", ".weight")
-        name = name.replace(f".{_MAGNITUDE}.weight", f".{_MAGNITUDE}")
-        if name in plain:
-            raise ValueError(f"{directory} holds the tensor {name} twice, once as {key}. Keep one of them.")
-        if not np.issubdtype(tensor.dtype, np.floating) and not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(f"{directory}: the tensor {key} is {tensor.dtype}. Adapters are floating numbers.")
-        if not jnp.isfinite(tensor).all():
-            raise ValueError(
-                f"{directory}: the tensor {key} holds NaN or infinity. The training that wrote it has failed: give an "
-                "earlier checkpoint, or copy the file again."
-            )
-        plain[name] = tensor
-    return plain
 
 
 def _stack(
     directory: str | Path,
     path: str,
-    linear: nnx.Linear,
+    shape: tuple[int, ...],
     names: list[str],
     tensors: dict[str, Any],
     rank: int,
+    embedding: bool,
     dora: bool,
 ) -> tuple[Any, ...]:
     """Returns A and B of one of our layers, and the magnitudes if it is DoRA's, checked against its kernel."""
-    stored = {side: [_tensor(directory, tensors, f"{name}.lora_{side}.weight") for name in names] for side in "AB"}
+    stored = {side: [_tensor(directory, tensors, _key(name, side, embedding)) for name in names] for side in "AB"}
     for side, matrices in stored.items():
         if shapes := {matrix.shape for matrix in matrices if matrix.ndim != 2 or matrix.shape != matrices[0].shape}:
             raise ValueError(
@@ -356,9 +301,9 @@ def _stack(
                 "of a kind need matrices of one shape."
             )
     a, b = (np.stack([matrix.T for matrix in stored[side]]) for side in "AB")
-    if linear.kernel.ndim == 2:
+    if len(shape) == 2:
         a, b = a[0], b[0]
-    *stack, fan_in, fan_out = linear.kernel.shape
+    *stack, fan_in, fan_out = shape
     expected = (*stack, fan_in, rank), (*stack, rank, fan_out)
     if (a.shape, b.shape) != expected:
         raise ValueError(
@@ -367,7 +312,7 @@ def _stack(
         )
     if not dora:
         return jnp.asarray(a), jnp.asarray(b)
-    lengths = [_tensor(directory, tensors, f"{name}.{_MAGNITUDE}") for name in names]
+    lengths = [_tensor(directory, tensors, f"{name}.{MAGNITUDE}") for name in names]
     if any(each.shape != (fan_out,) for each in lengths):
         raise ValueError(
             f"{path}: {directory} has magnitudes of the shapes {[each.shape for each in lengths]}, the model needs "

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from stable_lora_jax.lora.vocabulary import tied_embedding
+
 
 class WholeParam(nnx.LoRAParam):
     """A parameter of a module that is trained whole; a LoRAParam, so that all that finds adapters finds it."""
@@ -41,7 +43,7 @@ def train_whole(model: nnx.Module, modules: Sequence[str], dtype: DTypeLike = jn
             raise ValueError(f"modules_to_save: {path} has an adapter. Leave it out of the targets, or out of here.")
         if not all(jnp.issubdtype(each.dtype, jnp.floating) for each in params.values()):
             raise ValueError(f"modules_to_save: {path} is quantized. Load the base without quantizing it.")
-        if isinstance(module, nnx.Embed) and getattr(model, "lm_head", module) is None:
+        if module is tied_embedding(model):
             raise ValueError(
                 f"modules_to_save: {path} is the output layer too, and PEFT would train a copy that is not. Leave it "
                 "out."

@@ -11,6 +11,7 @@ Attribute names follow Hugging Face, so a path here is a path there without the 
 Normalisation, rotary embedding, softmax and logits are float32 whatever the computation dtype.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -106,19 +107,7 @@ class Decoder(nnx.Module):
         )
         self.layers = stacked_layers(rngs)
         self.norm = rms_norm(config, width, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        if config.tie_embeddings:
-            self.lm_head = None
-        else:
-            self.lm_head = nnx.Linear(
-                width,
-                config.vocab_size,
-                use_bias=False,
-                kernel_init=WEIGHT_INIT,
-                rngs=rngs,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                dot_general=float32_dot,
-            )
+        self.lm_head = None if config.tie_embeddings else _output_layer(config, dtype, param_dtype, rngs)
 
     def __call__(
         self,
@@ -207,6 +196,13 @@ class Decoder(nnx.Module):
         vocab_axis, hidden = 0 if self.lm_head is None else 1, self._at_logits_scale(hidden)
         return chunked_log_likelihoods(hidden, targets, weight, vocab_axis, self.placement.row_splits)
 
+    def untie(self) -> None:
+        """Gives a decoder whose embedding is its output layer too an output layer of its own, equal to it."""
+        embedding = self.embed_tokens.embedding[...]
+        self.lm_head = nnx.data(_output_layer(self.config, self.dtype, embedding.dtype, nnx.Rngs(0)))
+        self.lm_head.kernel[...] = embedding.T
+        self.config = dataclasses.replace(self.config, tie_embeddings=False)
+
     def _at_logits_scale(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         return hidden if self.config.logits_scale == 1 else self.config.logits_scale * hidden
 
@@ -217,6 +213,9 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits of normalised hidden states, over any leading axes."""
         hidden = self._at_logits_scale(hidden)
+        if self.config.tie_embeddings:
+            logits = float32_dot(hidden, self._embedding(), (((hidden.ndim - 1,), (1,)), ((), ())))
+            return logits if self.lm_head is None else logits + self.lm_head(hidden)
         if self.lm_head is not None:
             graph, params, rest = nnx.split(self.lm_head, nnx.Param, ...)
             head = nnx.merge(graph, self.placement.weights("lm_head", params), rest)
@@ -273,6 +272,19 @@ class Decoder(nnx.Module):
         (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs, unroll=self.unroll)
         nnx.update(self.layers, rest)
         return self.norm(self.placement.rows(hidden)), cache
+
+
+def _output_layer(config: DecoderConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        config.hidden_size,
+        config.vocab_size,
+        use_bias=False,
+        kernel_init=WEIGHT_INIT,
+        rngs=rngs,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        dot_general=float32_dot,
+    )
 
 
 class _Kinds:

@@ -49,8 +49,11 @@ def save_gguf_adapter(file: str | Path, model: Decoder) -> int:
             f"Adapters of model_type={config.model_type!r} are not written as GGUF; those of "
             f"{', '.join(ARCHITECTURES)} are. Export the merged model, and convert that with llama.cpp."
         )
-    if unknown := [path for path in modules if path not in MODULES]:
-        raise ValueError(f"The adapted modules {', '.join(unknown)} have no names in GGUF files. Leave them out.")
+    ends = {"embed_tokens", "lm_head"}  # whose adapters llama.cpp takes in other layouts, or, tied, not at all
+    if unknown := [path for path in modules if path not in MODULES or path in ends]:
+        raise ValueError(
+            f"Adapters of {', '.join(unknown)} are not written as GGUF. Export the merged model, or leave them out."
+        )
     if file.exists():
         raise FileExistsError(f"{file} exists already. Give a new file.")
     architecture, in_pairs = ARCHITECTURES[config.model_type]

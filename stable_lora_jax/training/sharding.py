@@ -27,7 +27,7 @@ AnyMesh: TypeAlias = Mesh | AbstractMesh
 _FROZEN_RULES = (
     (r".*\.(q|k|v|gate|up)_proj(\.base)?\.(kernel|scale)", ("fsdp", "tensor")),
     (r".*\.(o|down)_proj(\.base)?\.(kernel|scale)", ("tensor", "fsdp")),
-    (r"embed_tokens\.embedding", ("tensor", "fsdp")),
+    (r"embed_tokens(\.base)?\.embedding", ("tensor", "fsdp")),
     (r"lm_head(\.base)?\.kernel", ("fsdp", "tensor")),
     (r".*", ()),
 )

@@ -18,7 +18,7 @@ from stable_lora_jax.lora import (
     merge_lora,
     quantize_linears,
 )
-from stable_lora_jax.lora.injection import linear_modules
+from stable_lora_jax.lora.injection import adaptable_layers
 from stable_lora_jax.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -268,7 +268,7 @@ def test_layers_in_lists_and_under_names_with_dots(make):
     model = inject_lora(make(), 2, 4.0, r".*", rngs=nnx.Rngs(1))
     assert len(lora_modules(model)) == 2
     model = quantize_linears(merge_lora(model), "int8")
-    assert all(linear.kernel.dtype == jnp.int8 for linear in linear_modules(model).values())
+    assert all(linear.kernel.dtype == jnp.int8 for linear in adaptable_layers(model).values())
 
 
 def test_a_layer_in_a_tuple_is_refused_and_nothing_is_changed():

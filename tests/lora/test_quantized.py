@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from stable_lora_jax.data import make_batch, right_branch_only
 from stable_lora_jax.lora import QuantizedLinear, inject_lora, lora_modules, merge_lora, quantize_linears
-from stable_lora_jax.lora.injection import linear_modules
+from stable_lora_jax.lora.injection import adaptable_layers
 from stable_lora_jax.training import compile_step, init_state, make_loss, make_mesh, make_optimizer, split_model
 from stable_lora_jax.training.step import place
 from tests.models import tiny
@@ -50,8 +50,8 @@ def test_every_weight_is_the_nearest_there_is_and_the_layer_multiplies_by_it(kin
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_scanned_decoder_is_the_one_with_the_kernels_read_back(kind):
     model, reference = quantize_linears(tiny.decoder(), kind), tiny.decoder()
-    for path, linear in linear_modules(model.layers).items():
-        linear_modules(reference.layers)[path].kernel[...] = jnp.asarray(read_back(linear, kind)[0], jnp.float32)
+    for path, linear in adaptable_layers(model.layers).items():
+        adaptable_layers(reference.layers)[path].kernel[...] = jnp.asarray(read_back(linear, kind)[0], jnp.float32)
     # The same kernels up to float32's rounding of a scale times a level.
     np.testing.assert_allclose(tiny.call(model, tiny.tokens()), tiny.call(reference, tiny.tokens()), atol=1e-4)
 
