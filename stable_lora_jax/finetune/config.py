@@ -6,6 +6,7 @@ On the command line every option has its short name: `--rank 8`, `--lam 0.001`, 
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -102,6 +103,8 @@ class AdapterConfig:
     """Other ranks for some modules, e.g. down_proj=16,o_proj=4."""
     alpha_pattern: str = ""
     """Other alphas for some modules."""
+    layers_to_transform: str = ""
+    """Numbers of the layers that are adapted, e.g. 0,1,2 or 8-15; all if empty."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
@@ -116,6 +119,27 @@ class AdapterConfig:
     def __post_init__(self):
         for option in ("rank_pattern", "alpha_pattern"):
             numbers_by_module(option, getattr(self, option))
+        layer_numbers(self.layers_to_transform)
+
+
+def layer_numbers(text: str) -> list[int] | None:
+    """Returns the layers that a text such as "0,2,8-15" names, in that order; None for an empty one.
+
+    >>> layer_numbers("0,2-4")
+    [0, 2, 3, 4]
+
+    Raises:
+      ValueError: another form.
+    """
+    found: list[int] = []
+    for part in text.split(",") if text else ():
+        if not (match := re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())):
+            raise ValueError(f"layers_to_transform={text!r} is not understood at {part!r}. Write e.g. 0,1,2 or 8-15.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"layers_to_transform={text!r}: {part!r} counts down. Write the smaller number first.")
+        found += range(first, last + 1)
+    return found or None
 
 
 def numbers_by_module(option: str, text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from stable_lora_jax.finetune.config import (
     AdapterConfig,
     ModelConfig,
     check_choice,
+    layer_numbers,
     numbers_by_module,
     options_of,
 )
@@ -141,6 +142,7 @@ def inject_adapters(model: Decoder, adapter: AdapterConfig, seed: int) -> Decode
         rank_pattern=numbers_by_module("rank_pattern", adapter.rank_pattern),
         alpha_pattern=numbers_by_module("alpha_pattern", adapter.alpha_pattern),
         exclude=adapter.exclude.split(",") if adapter.exclude else (),
+        layers_to_transform=layer_numbers(adapter.layers_to_transform),
     )
 
 

@@ -54,6 +54,7 @@ def inject_lora(
     exclude: Sequence[str] = (),
     use_dora: bool = False,
     modules_to_save: Sequence[str] = (),
+    layers_to_transform: Sequence[int] | None = None,
 ) -> Model:
     r"""Returns `model`, changed in place: each targeted `nnx.Linear` is now a `LoRALinear` around it.
 
@@ -78,12 +79,15 @@ def inject_lora(
       exclude: targets that are left out, each as in a list of targets.
       use_dora: train the magnitude of every column too (DoRA); as in `LoRALinear`.
       modules_to_save: modules that are trained whole, such as "norm" or "lm_head"; see `train_whole`.
+      layers_to_transform: of layers that are stacked, the numbers of those that get an adapter. The others' A and B are
+        zero, which no gradient changes: each one's gradient is a product with the other.
 
     Raises:
       ValueError: nothing, or one of the listed names, matches (the model's layers are listed), which holds for
         patterns and what is left out too; rank, alpha, dropout or a_scale out of range; the model has adapters already,
         ours or another library's; it is a Linear layer itself, or has one under two names or in a tuple; DoRA for an
-        embedding. The model is then unchanged.
+        embedding; layers that a target does not have, or with DoRA, whose magnitudes would be trained in all. The model
+        is then unchanged.
 
     Examples:
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
@@ -113,6 +117,8 @@ def inject_lora(
     places = [place(model, path) for path in chosen]
     if both := [name for path in chosen for name in modules_to_save if re.fullmatch(_ending(name), dotted(path))]:
         raise ValueError(f"{listed(dict.fromkeys(both))} are targets and modules_to_save. Leave them out of one.")
+    if layers_to_transform is not None:
+        _check_layers(chosen, layers_to_transform, use_dora)
     of_all: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "use_rslora": use_rslora}
     of_linears = of_all | {"dropout": dropout, "a_init": a_init, "b_init": b_init}
 
@@ -128,6 +134,10 @@ def inject_lora(
     for put, module in zip(places, modules, strict=True):
         if a_scale != 1:
             module.lora_a[...] = jnp.asarray(a_scale, module.lora_a.dtype) * module.lora_a[...]
+        if layers_to_transform is not None:
+            for param in (module.lora_a, module.lora_b):
+                at = jnp.isin(jnp.arange(param.shape[0]), jnp.array(layers_to_transform))
+                param[...] = jnp.where(at[:, None, None], param[...], 0)
         put(module)
     return model
 
@@ -270,6 +280,21 @@ def _by_pattern(option: str, pattern: Mapping[str, Any], chosen: Iterable[Path],
             f"before them. The targets are {listed(dotted(path) for path in values)}."
         )
     return values
+
+
+def _check_layers(chosen: Mapping[Path, nnx.Linear | nnx.Embed], layers: Sequence[int], use_dora: bool) -> None:
+    """Raises ValueError unless every target is a stack that has these layers."""
+    if use_dora:
+        raise ValueError("layers_to_transform and use_dora: magnitudes would be trained in all layers. Leave one out.")
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"layers_to_transform={list(layers)} must name at least one layer, and each once.")
+    for path, layer in chosen.items():
+        count = layer.kernel.shape[0] if isinstance(layer, nnx.Linear) and layer.kernel.ndim == 3 else 0
+        if not all(0 <= number < count for number in layers):
+            raise ValueError(
+                f"layers_to_transform={list(layers)}: {dotted(path)} "
+                + (f"has the layers 0 to {count - 1}." if count else "is not a stack of layers; leave it out.")
+            )
 
 
 def check_one_name(model: nnx.Module, chosen: Iterable[nnx.Module]) -> None:

@@ -25,7 +25,7 @@ from safetensors.flax import save_file
 from stable_lora_jax.lora.adapter_file import adapter_spec, same_base
 from stable_lora_jax.lora.injection import adaptable_layers, inject_lora, listed, lora_modules
 from stable_lora_jax.lora.layer import LoRALayer
-from stable_lora_jax.lora.peft_files import CONFIG, MAGNITUDE, WEIGHTS, read_peft
+from stable_lora_jax.lora.peft_files import CONFIG, MAGNITUDE, WEIGHTS, is_adapted, read_peft
 from stable_lora_jax.lora.vocabulary import LoRAEmbed
 from stable_lora_jax.lora.whole_modules import whole_params
 
@@ -53,7 +53,9 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
     directory = Path(directory)
     spec = adapter_spec(model, base)
     modules = lora_modules(model)
-    matrices = [each for path, module in modules.items() for each in _matrices(path, module, module_name)]
+    everywhere = [each for path, module in modules.items() for each in _matrices(path, module, module_name)]
+    # Without an adapter, as in the layers that `layers_to_transform` leaves out: zero, and staying so.
+    matrices = [each for each in everywhere if jnp.any(each[1]) or jnp.any(each[2])] or everywhere
     embeddings = {module_name(path, None) for path, module in modules.items() if isinstance(module, LoRAEmbed)}
     tensors: dict[str, Any] = {}
     for name, a, b, magnitude in matrices:
@@ -79,7 +81,7 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
         "peft_type": "LORA",
         "r": spec.rank,
         "rank_pattern": _patterns(spec.ranks, modules, module_name),
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name, *_ in matrices}),
+        "target_modules": _target_modules({name for name, *_ in matrices}, {name for name, *_ in everywhere}),
         "task_type": "CAUSAL_LM",
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
@@ -103,8 +105,8 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
 
     Raises:
       ValueError: a file that is missing or damaged; an adapter for another base model; something other than plain
-        LoRA (named); modules that the model lacks, or that only some of its layers have (named); matrices of another
-        shape. The model is then unchanged.
+        LoRA (named); modules that the model lacks, or that only some of its layers have though the configuration says
+        all (named); matrices of another shape. The model is then unchanged.
     """
     directory = Path(directory)
     config, tensors = read_peft(directory)
@@ -127,24 +129,35 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     whole, rest = _whole(directory, model, module_name, tensors, config.get("modules_to_save") or [])
     wanted |= rest
     dora = bool(config.get("use_dora"))
-    targets = [path for path, names in slots.items() if wanted.issuperset(names)]
+    targets = [path for path, names in slots.items() if not wanted.isdisjoint(names)]
     known = {name for path in targets for name in slots[path]}
     if not tensors or wanted - known:
         ours = sorted(name for names in slots.values() for name in names)
         raise ValueError(
             f"{directory} adapts {len(wanted)} modules; the model has no match for "
-            f"{listed(sorted(wanted - known), 6)}. Its own are {listed(ours, 6)}; an adapter must cover all layers of "
-            "a kind. Load it onto the model it was trained on."
+            f"{listed(sorted(wanted - known), 6)}. Its own are {listed(ours, 6)}. Load it onto the model it was "
+            "trained on."
+        )
+    if lacking := [name for name in known - wanted if is_adapted(config, name)]:
+        raise ValueError(
+            f"{directory} lacks the matrices of {listed(sorted(lacking), 6)}, which its {CONFIG} says are adapted. "
+            "Copy it again, or name the layers that are in layers_to_transform."
+        )
+    if dora and known - wanted:
+        raise ValueError(
+            f"{directory} uses DoRA in some layers alone: {listed(sorted(known - wanted), 6)} have none. Layers of a "
+            "kind are one array here, with magnitudes for all or none."
         )
     # Shapes first: nothing changes before everything fits.
     ranks, alphas = (
-        {path: _one_value(directory, option, config, slots[path], default) for path in targets}
+        {path: _one_value(directory, option, config, [*wanted & {*slots[path]}], default) for path in targets}
         for option, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"]))
     )
     stacks: dict[str, tuple[Any, ...]] = {}
     for path in targets:
         names, shape = slots[path], kernels[path].shape
-        stacks[path] = _stack(directory, path, shape, names, tensors, ranks[path], path in embeddings, dora)
+        present = [name if name in wanted else None for name in names]
+        stacks[path] = _stack(directory, path, shape, present, tensors, ranks[path], path in embeddings, dora)
         for name in names:
             _check_base(directory, name, kernels[path], tensors, path in embeddings)
     dtype = jnp.result_type(*(matrix.dtype for each in stacks.values() for matrix in each))  # the widest of all
@@ -167,7 +180,14 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
         module.lora_a[...], module.lora_b[...], *lengths = stacks[path]
         if module.magnitude is not None:
             (module.magnitude[...],) = lengths
-    return len(known)
+    return len(known & wanted)
+
+
+def _target_modules(adapted: set[str], modules: set[str]) -> list[str]:
+    """Returns endings of names where each has adapters wherever it occurs, and else whole names."""
+    endings = {name.rsplit(".", 1)[-1] for name in adapted}
+    partial = {ending for name in modules - adapted if (ending := name.rsplit(".", 1)[-1]) in endings}
+    return sorted({name if (end := name.rsplit(".", 1)[-1]) in partial else end for name in adapted})
 
 
 def _patterns(values: Mapping[str, Any], modules: Mapping[str, LoRALayer], module_name: ModuleName) -> dict[str, Any]:
@@ -286,21 +306,26 @@ def _stack(
     directory: str | Path,
     path: str,
     shape: tuple[int, ...],
-    names: list[str],
+    names: list[str | None],
     tensors: dict[str, Any],
     rank: int,
     embedding: bool,
     dora: bool,
 ) -> tuple[Any, ...]:
-    """Returns A and B of one of our layers, and the magnitudes if it is DoRA's, checked against its kernel."""
-    stored = {side: [_tensor(directory, tensors, _key(name, side, embedding)) for name in names] for side in "AB"}
+    """Returns A and B of one of our layers, and the magnitudes if it is DoRA's, checked against its kernel.
+
+    A layer without a name has no adapter: zeros.
+    """
+    named = [name for name in names if name]
+    stored = {side: [_tensor(directory, tensors, _key(name, side, embedding)) for name in named] for side in "AB"}
     for side, matrices in stored.items():
         if shapes := {matrix.shape for matrix in matrices if matrix.ndim != 2 or matrix.shape != matrices[0].shape}:
             raise ValueError(
                 f"{path}: {directory} has lora_{side} of the shapes {sorted({matrices[0].shape, *shapes})}. All layers "
                 "of a kind need matrices of one shape."
             )
-    a, b = (np.stack([matrix.T for matrix in stored[side]]) for side in "AB")
+    empty = {side: np.zeros_like(stored[side][0]) for side in "AB"}
+    a, b = (np.stack([matrix.T for matrix in _in_places(names, stored[side], empty[side])]) for side in "AB")
     if len(shape) == 2:
         a, b = a[0], b[0]
     *stack, fan_in, fan_out = shape
@@ -312,13 +337,18 @@ def _stack(
         )
     if not dora:
         return jnp.asarray(a), jnp.asarray(b)
-    lengths = [_tensor(directory, tensors, f"{name}.{MAGNITUDE}") for name in names]
+    lengths = [_tensor(directory, tensors, f"{name}.{MAGNITUDE}") for name in named]
     if any(each.shape != (fan_out,) for each in lengths):
         raise ValueError(
             f"{path}: {directory} has magnitudes of the shapes {[each.shape for each in lengths]}, the model needs "
             f"({fan_out},). The adapter was trained on a model of another size."
         )
     return jnp.asarray(a), jnp.asarray(b), jnp.asarray(np.stack(lengths).reshape(*stack, fan_out))
+
+
+def _in_places(names: list[str | None], found: list[np.ndarray], empty: np.ndarray) -> list[np.ndarray]:
+    rest = iter(found)
+    return [next(rest) if name else empty for name in names]
 
 
 def _tensor(directory: str | Path, tensors: dict[str, Any], name: str) -> np.ndarray:

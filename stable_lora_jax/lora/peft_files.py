@@ -67,6 +67,7 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 "Correct it as it was in training."
             )
     _check_patterns(directory, config)
+    _check_targets(directory, config)
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise ValueError(f"{directory / CONFIG} says modules_to_save={saved!r}. It must be a list of names, or null.")
@@ -74,6 +75,48 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not isinstance(config.get(name) or False, bool):
             raise ValueError(f"{directory / CONFIG} says {name}={config[name]!r}. It must be true or false.")
     return config, _plain_names(directory, tensors)
+
+
+def is_adapted(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a configuration says that a module has an adapter, as PEFT 0.21 decides."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if re.fullmatch(excluded, name) if isinstance(excluded, str) else _named(excluded, name):
+        return False
+    if targets is None or isinstance(targets, str):
+        return targets is None or bool(re.fullmatch(targets, name))
+    if name in targets:
+        return True
+    layers = config.get("layers_to_transform")
+    if not _named(targets, name) or layers is None or layers == []:
+        return _named(targets, name)
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _named(endings: Any, name: str) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _check_targets(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `is_adapted` can read what the configuration says of its targets."""
+    for option in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+        value = config.get(option)
+        kind = int if option == "layers_to_transform" else str
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries):
+            raise ValueError(
+                f"{directory / CONFIG} says {option}={value!r}. It must be a list of {kind.__name__}, one, or null."
+            )
+        try:
+            for entry in entries if option == "layers_pattern" or isinstance(value, str) else ():
+                re.compile(entry)
+        except re.error as error:
+            raise ValueError(
+                f"{directory / CONFIG}: {option} holds {value!r}, no regular expression ({error})."
+            ) from error
 
 
 def _check_patterns(directory: Path, config: Mapping[str, Any]) -> None:
