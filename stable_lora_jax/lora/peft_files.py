@@ -13,6 +13,8 @@ from safetensors.flax import load_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAGNITUDE = "lora_magnitude_vector"
+# A key as PEFT has it in memory, with the adapter's name in it, which is mostly "default".
+_NAMED = re.compile(rf"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|{MAGNITUDE})\.(?!weight$)(\w+)(\.weight)?$")
 
 # What PEFT 0.21 can train and this library cannot hold, with the values that mean "not used". Of the initializations,
 # those not listed (pissa, olora, corda, loftq, lora_ga) change the base weight, to which A and B then belong.
@@ -140,8 +142,14 @@ def _check_patterns(directory: Path, config: Mapping[str, Any]) -> None:
 def _plain_names(directory: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """Returns the tensors without the prefix and the adapter's name that PEFT's keys have in some versions."""
     plain: dict[str, Any] = {}
+    adapters = {match[2] for key in tensors if (match := _NAMED.search(key))}
+    if len(adapters) > 1:
+        raise ValueError(
+            f"{directory} holds the adapters {', '.join(sorted(adapters))} in one file. Keep one: save_pretrained "
+            "writes each into a directory of its own."
+        )
     for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.model.").replace(".default.weight", ".weight").removesuffix(".default")
+        name = _NAMED.sub(r".\1\3", key.removeprefix("base_model.model."))
         name = name.replace(f".{MAGNITUDE}.weight", f".{MAGNITUDE}")
         if name in plain:
             raise ValueError(f"{directory} holds the tensor {name} twice, once as {key}. Keep one of them.")

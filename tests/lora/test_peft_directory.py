@@ -166,8 +166,9 @@ def not_finite(tensors):
         lambda key: key.replace(".weight", ".default.weight"),
         lambda key: key.removeprefix("base_model.model."),
         lambda key: key.removeprefix("base_model.model.").replace(".weight", ".default.weight"),
+        lambda key: key.replace(".weight", ".my_style.weight"),
     ],
-    ids=["default", "no prefix", "both"],
+    ids=["default", "no prefix", "both", "another name"],
 )
 def test_names_as_older_files_have_them(tmp_path, rename):
     model = adapted()
@@ -204,6 +205,13 @@ def test_a_file_of_two_dtypes_is_computed_in_the_wider(tmp_path, narrow):
         (lambda d: (d / "adapter_config.json").write_text("{"), "is damaged"),
         (lambda d: drop_from_config(d, "r"), "adapter_config.json lacks r."),
         (lambda d: drop_from_config(d, "r", "lora_alpha"), "adapter_config.json lacks r and lora_alpha."),
+        (
+            lambda d: change_tensors(
+                d,
+                lambda t: {k.replace("B.weight", "B.one.weight").replace("A.weight", "A.two.weight"): t[k] for k in t},
+            ),
+            "holds the adapters one, two in one file",
+        ),
         (lambda d: change_config(d, peft_type="LOHA"), "holds a LOHA adapter. Only LORA can be loaded."),
         (lambda d: change_config(d, use_dora=True), "lora_magnitude_vector. The file is not complete"),
         *(
@@ -232,7 +240,7 @@ def test_a_file_of_two_dtypes_is_computed_in_the_wider(tmp_path, narrow):
         ),
         (
             lambda d: change_tensors(d, lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up" not in k}),
-            "the model has no match for model.layers.0.mlp.up_proj",
+            "lacks the matrices of model.layers.1.mlp.up_proj, which its adapter_config.json says are adapted",
         ),
         (
             lambda d: change_tensors(
