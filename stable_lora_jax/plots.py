@@ -10,7 +10,7 @@ import numpy as np
 from stable_lora_jax.extras import needs
 from stable_lora_jax.locations import location
 from stable_lora_jax.training.metrics import stop_steps
-from stable_lora_jax.training.run_directory import RunDirectory
+from stable_lora_jax.training.run_directory import RunDirectory, run_labels
 
 with needs("train"):
     from matplotlib import colormaps
@@ -44,12 +44,6 @@ def save_figures(runs: Sequence[Path], out: Path | None = None, file_format: str
         figure.savefig(content, dpi=150, format=file_format)
         file.write_bytes(content.getvalue())
     return list(figures)
-
-
-def run_labels(runs: Sequence[Path]) -> dict[str, Path]:
-    """Returns label -> run: the directory's name, or its path where two have the same name."""
-    names = [run.name for run in runs]
-    return {run.name if names.count(run.name) == 1 else run.as_posix().strip("/"): run for run in runs}
 
 
 def plot_norms(run: Path) -> Figure:

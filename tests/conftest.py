@@ -11,8 +11,10 @@ os.environ["XLA_FLAGS"] = (
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what is tested is compiled; but for its own tests
 
+import collections
 import functools
 import json
+import zlib
 from pathlib import Path
 
 import jax
@@ -52,10 +54,13 @@ def data_file(tmp_path_factory) -> Path:
 MARKS = {
     "slow": (
         *("ecosystem", "experiments", "planning", "training", "evaluation", "test_documents", "lora/test_quantized"),
-        *("lora/test_injection", "models/test_decoder", "models/test_parity", "models/test_generation"),
+        *("lora/test_injection", "lora/test_dora", "lora/test_whole_modules", "lora/test_vocabulary"),
+        *("lora/test_some_layers", "lora/test_adapter_file", "models/test_decoder", "models/test_parity"),
+        *("models/test_generation", "models/test_attention", "models/test_chunked_head", "models/test_loading_on_mesh"),
+        *("models/test_published_configs", "data/test_batches", "finetune", "test_fuzzing", "cli/test_chat"),
         *("optim/test_conformance", "optim/test_wrappers", "optim/test_golden", "optim/test_layouts"),
         *("optim/test_stable_lora", "optim/test_baselines", "cli/test_bad_input", "cli/test_cli", "cli/test_watch"),
-        "cli/test_plan",
+        *("cli/test_plan", "cli/test_config_file"),
     ),
     "network": (
         *("models/test_smollm2", "lora/test_peft_directory", "data/test_prompts", "data/test_tasks"),
@@ -63,6 +68,10 @@ MARKS = {
     ),
     "processes": ("cli/test_buckets", "cli/test_processes", "cli/test_signals", "assets/test_packaged", "test_import"),
 }
+
+
+# What every run checks: the authors' traces.
+ALWAYS = ("optim/test_golden", "test_import")
 
 
 @functools.cache
@@ -83,9 +92,32 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"offline: {why}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share",
+        metavar="K/N",
+        help="of the tests that make check leaves out, run each file's K-th of every N (0 <= K < N), and all others",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"share {config.getoption('share')} of the slow tests" if config.getoption("share") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    taken, counts = [], collections.Counter()
+    turn, of = map(int, (config.getoption("share") or "0/1").split("/"))
     for item in items:
         where = item.path.relative_to(Path(__file__).parent).as_posix() if "tests" in item.path.parts else ""
         for mark, places in MARKS.items():
             if where.startswith(places):
                 item.add_marker(mark)
+        if where.startswith(ALWAYS) or not any(item.get_closest_marker(mark) for mark in MARKS):
+            taken.append(item)
+            continue
+        # Files begin at different places, so that files of one test do not all take the same turn.
+        if (counts[where] + zlib.crc32(where.encode())) % of == turn:
+            taken.append(item)
+        counts[where] += 1
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(taken)])
+    items[:] = taken

@@ -6,7 +6,6 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from stable_lora_jax.finetune import check_choice
-from stable_lora_jax.plots import save_figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +27,8 @@ class PlotsConfig:
 
 def plots_command(config: PlotsConfig) -> list[Path]:
     """Runs `stable-lora export-plots` and returns the files written; see `PlotsConfig`."""
+    from stable_lora_jax.plots import save_figures  # here: it brings matplotlib, half a second of any command's start
+
     files = save_figures(config.runs, config.out, config.file_format)
     for file in files:
         print(file)

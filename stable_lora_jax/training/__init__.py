@@ -11,7 +11,7 @@ with needs("train"):
     from stable_lora_jax.training.loss import LOSSES, Loss, make_loss
     from stable_lora_jax.training.methods import METHODS, SCHEDULES, learning_rate_schedule, make_optimizer
     from stable_lora_jax.training.metrics import MetricsFile, read_metrics, stop_steps
-    from stable_lora_jax.training.run_directory import LostRunError, RunDirectory
+    from stable_lora_jax.training.run_directory import LostRunError, RunDirectory, run_labels
     from stable_lora_jax.training.sharding import make_mesh, parameter_sharding
     from stable_lora_jax.training.step import (
         Frozen,
@@ -64,6 +64,7 @@ __all__ = [
     "newest_step",
     "parameter_sharding",
     "read_metrics",
+    "run_labels",
     "sign_in",
     "split_model",
     "stop_steps",

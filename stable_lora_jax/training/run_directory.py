@@ -20,7 +20,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,3 +293,9 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     names = [name for name in now if before.get(name) != now[name]]
     return "; ".join(f"{name}: run {before.get(name)!r}, now {now[name]!r}" for name in names)
+
+
+def run_labels(runs: Sequence[Path]) -> dict[str, Path]:
+    """Returns label -> run: the directory's name, or its path where two have the same name."""
+    names = [run.name for run in runs]
+    return {run.name if names.count(run.name) == 1 else run.as_posix().strip("/"): run for run in runs}
