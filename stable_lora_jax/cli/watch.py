@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
+from stable_lora_jax.cli.summaries import stops, validated
 from stable_lora_jax.locations import check_local, location
-from stable_lora_jax.training import RunDirectory, run_labels, stop_steps
+from stable_lora_jax.training import RunDirectory, run_labels
 
 _BARS = "▁▂▃▄▅▆▇█"
 _RECENT = 20  # steps that the told loss is a mean of
@@ -66,16 +67,6 @@ def watch_command(config: WatchConfig) -> None:
 
 def _has(lines: list[dict[str, Any]], key: str) -> bool:
     return any(key in line for line in lines)
-
-
-def validated(lines: list[dict[str, Any]]) -> str:
-    """Returns the last validation as text, and the best one; nothing without."""
-    found = [(line["validation"], line["step"]) for line in lines if "validation" in line]
-    if not found:
-        return ""
-    last, (best, step) = found[-1][0], min(found, key=lambda each: each[0]["loss"])
-    accuracy = f", accuracy {last['accuracy']:.3f}" if "accuracy" in last else ""
-    return f"validation {last['loss']:.4f}{accuracy}, lowest {best['loss']:.4f} at step {step}"
 
 
 def _compared(found: Mapping[Path, list[dict[str, Any]]]) -> RenderableType:
@@ -130,12 +121,6 @@ def _view(run: Path, lines: list[dict[str, Any]]) -> RenderableType:
         counts = (f"{stable}/{gap.size}", str(median)) if losses[-1]["pairs"] else ("-", "-")
         table.add_row(pair, *(f"{figure:.4g}" for figure in figures), *counts)
     return Group(head, Text(_sparkline([line["loss"] for line in losses])), table)
-
-
-def stops(lines: list[dict[str, Any]]) -> list[tuple[str, int, int, int, int]]:
-    """Returns (pair, stable matrices, first, median and last stop step) of every pair with one that is stable."""
-    each = {pair: sorted(steps.values()) for pair, steps in stop_steps(lines).items()}
-    return [(pair, len(s), s[0], round(statistics.median(s)), s[-1]) for pair, s in each.items()]
 
 
 def _sparkline(values: list[float], width: int = 72) -> str:

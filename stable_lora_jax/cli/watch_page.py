@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from stable_lora_jax.cli.watch import stops, validated
+from stable_lora_jax.cli.summaries import stops, validated
 from stable_lora_jax.finetune import options_of
 from stable_lora_jax.plots import plot_losses, plot_norms
 from stable_lora_jax.training import RunDirectory, run_labels

@@ -36,8 +36,8 @@ class ExecutionConfig:
     keep_best: bool = False
     """With --eval-every, the adapter of the lowest validation loss is the result. Without, keep the checkpoint of the
     lowest training loss (the mean since the one before) too; --resume takes it once the newer ones are moved away."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """How attention is computed: auto (cudnn where the device has it), xla or cudnn."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """How attention is computed: auto (cudnn or splash where the device has it), xla, cudnn or splash."""
     remat: bool = False
     """Recompute activations in the backward pass, to save memory."""
     mesh: str = ""

@@ -1,13 +1,18 @@
-"""Scaled dot-product attention: written out for XLA in blocks, or by cuDNN, which never forms the scores.
+"""Scaled dot-product attention: written out for XLA in blocks, or by a kernel that never forms the scores.
 
 | implementation | where | memory next to queries, keys and values |
 |---|---|---|
 | xla | everywhere | float32 scores of an eighth of the queries, heads x length² / 8 per row |
 | cudnn | NVIDIA GPUs | none where tokens see all before them; else a mask, length² per row |
+| splash | TPUs | none |
 
 cuDNN's needs a GPU of the Ampere generation or later, bfloat16 or float16, and heads whose width is a multiple of 8 up
 to 128. Which one is used is settled before anything is compiled: `choose_attention` answers a wish that the device
 cannot fulfil with the reason.
+
+The splash kernel (`stable_lora_jax.models.splash`) knows documents and a window. Rows in which answers branch from a
+shared prompt, and models whose layers have different windows, are computed by "xla" instead; so is generation, with its
+cache. Questions' batches have such rows unless they are packed.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -21,9 +26,9 @@ from jaxtyping import Array, Bool, Float
 from stable_lora_jax.models.blockwise import blockwise_attention
 from stable_lora_jax.models.float32_dot import float32_dot
 
-Attention: TypeAlias = Literal["xla", "cudnn"]
+Attention: TypeAlias = Literal["xla", "cudnn", "splash"]
 
-ATTENTIONS = ("auto", "xla", "cudnn")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 _AMPERE = 8.0  # CUDA compute capability
 
 
@@ -31,22 +36,30 @@ def choose_attention(wish: str, *, dtype: DTypeLike, head_dim: int, device: Any 
     """Returns the implementation to use.
 
     Args:
-      wish: one of `ATTENTIONS`; "auto" takes cudnn where it works.
+      wish: one of `ATTENTIONS`; "auto" takes a kernel where it works.
       dtype: of the computation.
       head_dim: features of a head.
       device: the `jax.Device` where it will run; JAX's first if None.
 
     Raises:
-      ValueError: an unknown wish, or "cudnn" where it does not work, with the reason.
+      ValueError: an unknown wish, or "cudnn" or "splash" where it does not work, with the reason.
     """
     if wish not in ATTENTIONS:
         raise ValueError(f"attention={wish!r} is unknown. Known: {', '.join(ATTENTIONS)}.")
     if wish == "xla":
         return "xla"
-    reason = _why_not_cudnn(dtype, head_dim, device or jax.devices()[0])
-    if reason and wish == "cudnn":
-        raise ValueError(f"attention='cudnn' does not work here: {reason}. Use 'auto' or 'xla'.")
-    return "xla" if reason else "cudnn"
+    device = device or jax.devices()[0]
+    kind = device.platform.upper()
+    kernels: tuple[tuple[Attention, str], ...] = (
+        ("cudnn", _why_not_cudnn(dtype, head_dim, device)),
+        ("splash", "" if kind == "TPU" else f"the device is a {kind}, and the splash kernel is for TPUs"),
+    )
+    for name, reason in kernels:
+        if wish in ("auto", name) and not reason:
+            return name
+        if wish == name:
+            raise ValueError(f"attention={wish!r} does not work here: {reason}. Use 'auto' or 'xla'.")
+    return "xla"
 
 
 def _why_not_cudnn(dtype: DTypeLike, head_dim: int, device: Any) -> str:

@@ -13,6 +13,7 @@ Normalisation, rotary embedding, softmax and logits are float32 whatever the com
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from stable_lora_jax.models.attention import Attention
+from stable_lora_jax.models.attention import Attention, attend
 from stable_lora_jax.models.cache import KVCache
 from stable_lora_jax.models.chunked_head import chunked_log_likelihoods
 from stable_lora_jax.models.config import DecoderConfig
@@ -30,6 +31,7 @@ from stable_lora_jax.models.layer import WEIGHT_INIT, AttentionInputs, DecoderLa
 from stable_lora_jax.models.norms import rms_norm
 from stable_lora_jax.models.rope_scaling import LongRopeScaling, RopeScaling
 from stable_lora_jax.models.rotary import Rotation, rotation_at
+from stable_lora_jax.models.splash import splash_attention
 
 
 class Placement(NamedTuple):
@@ -40,11 +42,14 @@ class Placement(NamedTuple):
         ("layers"), or the output layer, right before use, so that no more need be whole at a time.
       rows: activations, split over devices by their first axis.
       row_splits: how many devices that axis is split over.
+      local: from a function of arrays (batch, length, heads, width) or (batch, length) to the same, by every device
+        with its own rows and heads: what the partitioner cannot split, a kernel, is called so.
     """
 
     weights: Callable[[str, Any], Any]
     rows: Callable[[Hidden], Hidden]
     row_splits: int = 1
+    local: Callable[[Callable[..., Array]], Callable[..., Array]] = lambda function: function
 
 
 _AS_IT_IS = Placement(weights=lambda path, params: params, rows=lambda hidden: hidden)
@@ -63,7 +68,8 @@ class Decoder(nnx.Module):
         param_dtype: of the stored parameters.
         remat: recompute each layer in the backward pass instead of storing what its projections and attention give.
         unroll: layers in one iteration of the loop over them; more take longer to compile.
-        attention: "xla" or "cudnn", as `choose_attention` says. With a cache, always "xla".
+        attention: "xla", "cudnn" or "splash", as `choose_attention` says. With a cache, always "xla", and instead of
+            "splash" too where that cannot be (see `stable_lora_jax.models.attention`).
 
     Examples:
         >>> import jax.numpy as jnp
@@ -155,7 +161,8 @@ class Decoder(nnx.Module):
             keys = segments[:, None, :]
             ours = (keys == segments[:, :, None]) | (keys == 0)
             visible = ours & (causal if visible is None else visible)
-        return self._run(tokens, positions, visible, causal, positions, None)[0]
+        splash = self.attention == "splash" and segments is None
+        return self._run(tokens, positions, visible, causal, positions, None, documents, splash=splash)[0]
 
     def extend(
         self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: KVCache
@@ -232,8 +239,14 @@ class Decoder(nnx.Module):
         explicit: Bool[Array, "#batch length keys"],
         key_positions: Int[Array, "#batch keys"],
         cache: KVCache | None,
+        documents: Int[Array, "batch length"] | None = None,
+        *,
+        splash: bool = False,
     ) -> tuple[Hidden, KVCache | None]:
-        """Runs all layers; `visible` is as in `attend`, `explicit` the same where it is None."""
+        """Runs all layers; `visible` is as in `attend`, `explicit` the same where it is None.
+
+        With `splash` they are what `documents` say, so that a kernel can do without them.
+        """
         config = self.config
         layers = range(config.num_layers)
         rotations = _Kinds([_rotary(config, layer) for layer in layers], lambda kind: _rotation(positions, kind))
@@ -241,21 +254,32 @@ class Decoder(nnx.Module):
         within = positions[:, :, None] - key_positions[:, None, :]
         # A window as long as the row hides nothing.
         window = config.sliding_window if (config.sliding_window or 0) < seen.shape[-1] else None
+        windows = [window if config.slides(layer) else None for layer in layers]
         visibles = _Kinds(
-            [window if config.slides(layer) else None for layer in layers],
+            windows,
             lambda window: seen & (within < window) if window else seen,
             alone=lambda window: seen & (within < window) if window else visible,
         )
-        implementation = self.attention if cache is None else "xla"
+        # A cache's keys are not the queries' own; and what a kernel has no mask for is written out.
+        written_out = cache is not None or self.attention == "splash"
+        attend_as = partial(attend, implementation="xla" if written_out else self.attention)
+        by_kernel = self.placement.local(partial(splash_attention, window=windows[0]))
+        splash = splash and len(set(windows)) == 1
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
         def step(carry, xs):
             hidden, cache = carry
             index, params, rest, rotation, sees = xs
-            inputs = AttentionInputs(positions, rotations.at(rotation), visibles.at(sees))
+
+            def attended(query, key, value):
+                if splash:
+                    return by_kernel(query, key, value, *(() if documents is None else (documents,)))
+                return attend_as(query, key, value, visibles.at(sees))
+
+            inputs = AttentionInputs(positions, rotations.at(rotation), attended)
             hidden = self.placement.rows(hidden)
             layer = nnx.merge(graph, self.placement.weights("layers", params), rest)
-            carry = layer(hidden, inputs, implementation, cache, index)
+            carry = layer(hidden, inputs, cache, index)
             return carry, nnx.split(layer, nnx.Param, ...)[2]
 
         # The backward pass keeps what the projections and attention give, at most: an adapted projection gives one

@@ -1,5 +1,6 @@
 """One layer of a decoder: attention and feed-forward part, each normalised and added to the residual stream."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,9 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from stable_lora_jax.models.attention import Attention, attend
 from stable_lora_jax.models.cache import KVCache
 from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.norms import rms_norm
@@ -28,11 +28,17 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approxima
 
 
 class AttentionInputs(NamedTuple):
-    """Where a layer's tokens are and what they see."""
+    """Where a layer's tokens are, and how they attend.
+
+    Attributes:
+      positions: of the tokens.
+      rotation: of queries and keys.
+      attend: from queries, keys and values (batch, length, heads, width) to what is attended, shaped as the queries.
+    """
 
     positions: Int[Array, "#batch length"]
     rotation: Rotation
-    visible: Bool[Array, "#batch length keys"] | None  # None: all before them
+    attend: Callable[[Array, Array, Array], Array]
 
 
 class SelfAttention(nnx.Module):
@@ -59,7 +65,6 @@ class SelfAttention(nnx.Module):
         self,
         x: Hidden,
         inputs: AttentionInputs,
-        implementation: Attention,
         cache: KVCache | None,
         layer: Int[Array, ""],
     ) -> tuple[Hidden, KVCache | None]:
@@ -78,7 +83,7 @@ class SelfAttention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, inputs.positions, key, value)
             key, value = cache.keys[layer], cache.values[layer]
-        attended = attend(query, key, value, inputs.visible, implementation)
+        attended = inputs.attend(query, key, value)
         return _kept(self.o_proj(attended.reshape(batch, length, -1))), cache
 
 
@@ -124,13 +129,12 @@ class DecoderLayer(nnx.Module):
         self,
         x: Hidden,
         inputs: AttentionInputs,
-        implementation: Attention,
         cache: KVCache | None,
         layer: Int[Array, ""],
     ) -> tuple[Hidden, KVCache | None]:
         """The next residual stream, and the cache with this layer's keys and values when one is given."""
         normal = x if self.norms == "post" else self.input_layernorm(x)
-        attended, cache = self.self_attn(normal, inputs, implementation, cache, layer)
+        attended, cache = self.self_attn(normal, inputs, cache, layer)
         if self.norms == "pre":
             x = self._add(x, attended)
             return self._add(x, self.mlp(self.post_attention_layernorm(x))), cache

@@ -52,7 +52,7 @@ def load_model(
         dtype: of the computation.
         param_dtype: of the stored parameters.
         remat: recompute each layer in the backward pass.
-        attention: "auto", "xla" or "cudnn" (see `choose_attention`).
+        attention: "auto", "xla", "cudnn" or "splash" (see `choose_attention`).
         sharding: where a parameter goes, from its dotted path and shape, such as `training.parameter_sharding(mesh)`;
             the default device if None.
 

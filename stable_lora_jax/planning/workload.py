@@ -43,7 +43,7 @@ class Workload:
       dtype: of the frozen weights and the computation; adapters are float32.
       remat: recompute each layer in the backward pass.
       accumulate: parts that the batch is processed in.
-      attention: "xla", or "cudnn" for a GPU that has it (see `models.choose_attention`).
+      attention: "xla", or the device's kernel (see `models.choose_attention`).
 
     Raises:
       ValueError: a number below 1, rows that the parts do not divide, or a row longer than the model's context.

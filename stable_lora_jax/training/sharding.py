@@ -151,10 +151,20 @@ def placement_on(mesh: Mesh) -> Placement:
 
         return jax.tree_util.tree_map_with_path(whole, params)
 
+    def local(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), None, "tensor")
+
+        def call(*arrays: jax.Array) -> jax.Array:
+            specs = tuple(heads if array.ndim == 4 else rows for array in arrays)
+            return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
+
+        return call
+
     return Placement(
         weights=weights,
         rows=lambda hidden: jax.lax.with_sharding_constraint(hidden, batch_sharding(mesh)),
         row_splits=mesh.shape["data"] * mesh.shape["fsdp"],
+        local=local,
     )
 
 

@@ -16,7 +16,11 @@ def test_a_cpu_computes_attention_by_xla():
         ValueError, match=r"'cudnn' does not work here: the device is a CPU, and cuDNN is for NVIDIA GPUs"
     ):
         choose_attention("cudnn", dtype=jnp.bfloat16, head_dim=64)
-    with pytest.raises(ValueError, match=r"attention='flash' is unknown. Known: auto, xla, cudnn."):
+    with pytest.raises(
+        ValueError, match=r"'splash' does not work here: the device is a CPU, and the splash kernel is for"
+    ):
+        choose_attention("splash", dtype=jnp.bfloat16, head_dim=64)
+    with pytest.raises(ValueError, match=r"attention='flash' is unknown. Known: auto, xla, cudnn, splash."):
         choose_attention("flash", dtype=jnp.bfloat16, head_dim=64)
 
 
