@@ -66,7 +66,14 @@ MARKS = {
         *("models/test_smollm2", "lora/test_peft_directory", "data/test_prompts", "data/test_tasks"),
         *("data/test_tokenizer", "data/test_chat", "data/test_encoding", "assets/test_gguf_metadata"),
     ),
-    "processes": ("cli/test_buckets", "cli/test_processes", "cli/test_signals", "assets/test_packaged", "test_import"),
+    "processes": (
+        "cli/test_buckets",
+        "cli/test_chat_walk",
+        "cli/test_processes",
+        "cli/test_signals",
+        "assets/test_packaged",
+        "test_import",
+    ),
 }
 
 
