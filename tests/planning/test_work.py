@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from stable_lora_jax.planning import Workload, compiled_work, estimated_work, lower
-from stable_lora_jax.planning.work import abstract_mesh, dot_flops
+from stable_lora_jax.planning.work import abstract_mesh, dot_flops, kernel_flops
 from stable_lora_jax.training import make_mesh
 from tests.models import tiny
 
@@ -31,6 +31,18 @@ def test_flops_grow_by_a_layer_as_written_out(compiled):
 def test_parts_do_the_work_of_the_whole(compiled):
     parts = compiled_work(replace(WORKLOAD, accumulate=2), make_mesh())
     assert parts.flops == pytest.approx(compiled.flops, rel=0.05)  # the optimizer is counted with each part
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_kernels_flops_are_those_of_attention_in_blocks(accumulate):
+    config = replace(WORKLOAD.config, max_positions=256)
+    workload = replace(WORKLOAD, config=config, length=200, attention="splash", accumulate=accumulate)
+    blocks = [(64, 64), (64, 128), (64, 192), (8, 200)]  # queries, keys up to their end
+    scores = sum(queries * keys for queries, keys in blocks)
+    # Two products forward, and the scores again and four more backward; the sums over dO O of 256 tokens XLA does.
+    one_layer = 2 * workload.rows * config.num_heads * config.head_dim * ((2 + 5) * scores - 256)
+    assert kernel_flops(workload) == config.num_layers * one_layer
+    assert kernel_flops(replace(workload, attention="xla")) == 0
 
 
 def test_what_is_computed_again_is_counted():
