@@ -113,6 +113,8 @@ class AdapterConfig:
     """Train the magnitude of every output feature too (DoRA)."""
     modules_to_save: str = ""
     """Modules that are trained whole, by the endings of their paths, e.g. norm,input_layernorm."""
+    start: Literal["b-zero", "orthogonal"] = "b-zero"
+    """B starts at zero, or A B does and neither of them (orthogonal, as in PEFT; of an even rank)."""
     a_scale: float = 1.0
     """The start of A is multiplied by it."""
 

@@ -136,6 +136,7 @@ def inject_adapters(model: Decoder, adapter: AdapterConfig, seed: int) -> Decode
         rngs=nnx.Rngs(seed),
         use_rslora=adapter.use_rslora,
         dropout=adapter.dropout,
+        start=adapter.start,
         a_scale=adapter.a_scale,
         use_dora=adapter.use_dora,
         modules_to_save=adapter.modules_to_save.split(",") if adapter.modules_to_save else (),

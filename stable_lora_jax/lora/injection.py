@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from stable_lora_jax.lora.layer import A_INIT, B_INIT, LoRALayer
 from stable_lora_jax.lora.linear import LoRALinear
+from stable_lora_jax.lora.orthogonal import orthogonal_start
 from stable_lora_jax.lora.vocabulary import LoRAEmbed, LoRATiedHead, tied_embedding
 from stable_lora_jax.lora.whole_modules import freeze_whole, train_whole
 
@@ -32,6 +33,7 @@ TARGETS = {
 
 # Every Linear layer but the output layer, as in PEFT.
 ALL_LINEAR = "all-linear"
+STARTS = ("b-zero", "orthogonal")
 # Where a decoder keeps its output layer.
 _HEAD = ("lm_head",)
 
@@ -55,6 +57,7 @@ def inject_lora(
     use_dora: bool = False,
     modules_to_save: Sequence[str] = (),
     layers_to_transform: Sequence[int] | None = None,
+    start: str = "b-zero",
 ) -> Model:
     r"""Returns `model`, changed in place: each targeted `nnx.Linear` is now a `LoRALinear` around it.
 
@@ -81,13 +84,15 @@ def inject_lora(
       modules_to_save: modules that are trained whole, such as "norm" or "lm_head"; see `train_whole`.
       layers_to_transform: of layers that are stacked, the numbers of those that get an adapter. The others' A and B are
         zero, which no gradient changes: each one's gradient is a product with the other.
+      start: one of `STARTS`: "b-zero", what `a_init` and `b_init` draw; "orthogonal", for Linear layers and output
+        layers of an even rank (see `stable_lora_jax.lora.orthogonal`).
 
     Raises:
       ValueError: nothing, or one of the listed names, matches (the model's layers are listed), which holds for
-        patterns and what is left out too; rank, alpha, dropout or a_scale out of range; the model has adapters already,
-        ours or another library's; it is a Linear layer itself, or has one under two names or in a tuple; DoRA for an
-        embedding; layers that a target does not have, or with DoRA, whose magnitudes would be trained in all. The model
-        is then unchanged.
+        patterns and what is left out too; rank, alpha, dropout or a_scale out of range; an unknown start, or an odd
+        rank with "orthogonal"; the model has adapters already, ours or another library's; it is a Linear layer itself,
+        or has one under two names or in a tuple; DoRA for an embedding; layers that a target does not have, or with
+        DoRA, whose magnitudes would be trained in all. The model is then unchanged.
 
     Examples:
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
@@ -97,6 +102,8 @@ def inject_lora(
     """
     if not 0 < a_scale < math.inf:
         raise ValueError(f"a_scale={a_scale} is not a positive number. It multiplies the start of A; 1 leaves it.")
+    if start not in STARTS:
+        raise ValueError(f"start={start!r} is unknown. Known: {', '.join(STARTS)}.")
     if present := adapted_paths(model):
         raise ValueError(
             f"The model has LoRA adapters already, at {listed(present)}. Adapters are not stacked on adapters: call "
@@ -130,6 +137,10 @@ def inject_lora(
         return LoRAEmbed(layer, ranks[path], alphas[path], **of_all)
 
     modules = [adapted(path, layer) for path, layer in chosen.items()]
+    for module in modules if start == "orthogonal" else ():
+        if not isinstance(module, LoRAEmbed):
+            shape, kept = (*module.lora_a.shape[:-1], module.lora_b.shape[-1]), module.lora_a.dtype
+            module.lora_a[...], module.lora_b[...] = orthogonal_start(rngs.params(), shape, module.rank, kept)
     train_whole(model, modules_to_save, dtype)
     for put, module in zip(places, modules, strict=True):
         if a_scale != 1:

@@ -20,6 +20,7 @@ from stable_lora_jax.lora import (
 )
 from stable_lora_jax.lora.injection import adaptable_layers
 from stable_lora_jax.models import Decoder, DecoderConfig
+from tests.models import tiny
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -331,3 +332,39 @@ def test_an_adapted_layer_takes_an_out_sharding_as_linear_does(kind, eight_devic
         y = by_row(jax.device_put(state, P()), jax.device_put(x, P(None, "rows")))
     assert jax.typeof(y).sharding.spec == P("rows", None)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_orthogonal_start_changes_nothing_and_neither_matrix_is_zero(tied):
+    model = tiny.decoder(tie_embeddings=tied)
+    before = tiny.call(model, tiny.tokens())
+    inject_lora(model, 4, 8.0, "q_proj,down_proj,lm_head", rngs=nnx.Rngs(1), start="orthogonal")
+    np.testing.assert_allclose(tiny.call(model, tiny.tokens()), before, atol=1e-5)
+    for module in lora_modules(model).values():
+        np.testing.assert_allclose(module.lora_a[...] @ module.lora_b[...], 0, atol=1e-6)
+        for matrix in (module.lora_a[...], module.lora_b[...]):
+            assert jnp.linalg.norm(matrix) ** 2 / matrix.size == pytest.approx(1 / 200, rel=0.4)
+    stacked = lora_modules(model)["layers.self_attn.q_proj"].lora_a[...]
+    assert not jnp.array_equal(stacked[0], stacked[1])
+
+
+def test_peft_draws_an_orthogonal_start_of_the_same_size():
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    layer = torch.nn.Sequential(torch.nn.Linear(300, 500))
+    config = peft.LoraConfig(r=16, target_modules=["0"], init_lora_weights="orthogonal")
+    theirs = {name: p for name, p in peft.get_peft_model(layer, config).state_dict().items() if "lora_" in name}
+    model = inject_lora(
+        nnx.Sequential(nnx.Linear(300, 500, rngs=nnx.Rngs(0))), 16, 8.0, ["0"], rngs=nnx.Rngs(1), start="orthogonal"
+    )
+    (ours,) = lora_modules(model).values()
+    for mine, matrix in zip((ours.lora_a, ours.lora_b), theirs.values(), strict=True):
+        assert mine.shape == tuple(matrix.shape)[::-1]
+        assert float(jnp.std(mine[...])) == pytest.approx(float(matrix.std()), rel=0.1)
+
+
+@pytest.mark.parametrize(("rank", "start", "message"), [(3, "orthogonal", "rank=3 is odd"), (4, "pissa", "is unknown")])
+def test_a_start_that_cannot_be_is_refused(rank, start, message):
+    model = tiny.decoder()
+    with pytest.raises(ValueError, match=message):
+        inject_lora(model, rank, 8.0, "qv", rngs=nnx.Rngs(1), start=start)
+    assert not lora_modules(model)
