@@ -60,7 +60,7 @@ class LoRALayer(nnx.Module):
         self.rank, self.alpha, self.use_rslora = operator.index(rank), float(alpha), use_rslora
         self.lora_a = nnx.LoRAParam(_stacked_init(a_init, rngs.params(), (*stack, fan_in, self.rank), dtype))
         self.lora_b = nnx.LoRAParam(_stacked_init(b_init, rngs.params(), (*stack, self.rank, fan_out), dtype))
-        self.magnitude = None
+        self.magnitude = nnx.data(None)  # a DoRA layer puts its own here
         self.dropout = _stacked_dropout(dropout, rngs, stack) if dropout else None
 
     @property

@@ -63,7 +63,7 @@ def flags(model_dir, data_file, tmp_path):
         ("--schedule x", "invalid choice 'x' for argument '--schedule'. Expected one of"),
         ("--dtype x", "invalid choice 'x' for argument '--dtype'. Expected one of"),
         ("--source x", "invalid choice 'x' for argument '--source'. Expected one of ('wheel', 'hub')"),
-        ("--targets x", "LoRA targets ['x'] match no Linear layer"),
+        ("--targets x", "LoRA targets ['x'] match no layer"),
         ("--targets (", "LoRA targets '(' are no regular expression"),
         ("--nonsense 1", "Unrecognized options: --nonsense"),
         ("--steps many", "Error parsing --steps: no type matching"),

@@ -154,7 +154,7 @@ def test_patterns_and_what_is_left_out():
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
         ({"rank_pattern": {"q_proj": 0}}, "rank=0 is not a positive integer"),
         ({"exclude": ["q_proj", "v_proj"]}, "leaves nothing of the targets"),
-        ({"exclude": ["query"]}, r"\['query'\] match no Linear layer"),
+        ({"exclude": ["query"]}, r"\['query'\] match no layer"),
     ],
 )
 def test_bad_patterns_change_nothing(options, message):
@@ -220,10 +220,10 @@ def test_a_smaller_start():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"targets": ["q_proj", "nope"]}, r"LoRA targets \['nope'\] match no Linear.*layers.self_attn.q_proj"),
+        ({"targets": ["q_proj", "nope"]}, r"LoRA targets \['nope'\] match no layer.*layers.self_attn.q_proj"),
         (
             {"targets": "qz"},
-            r"LoRA targets \['qz'\] match no Linear layer.*one of \['qv', 'qkvo', 'qkvogud', 'all-linear'\]",
+            r"LoRA targets \['qz'\] match no layer.*one of \['qv', 'qkvo', 'qkvogud', 'all-linear'\]",
         ),
         ({"targets": []}, r"LoRA targets \['\(no target\)'\]"),
         ({"rank": 0}, r"rank=0 is not a positive integer"),
@@ -302,7 +302,7 @@ def test_a_layer_of_two_names_is_refused(wrap):
             self.rest = wrap([self.first])
 
     model = Tied(nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"first and rest\.0 are one and the same Linear.*nnx.clone"):
+    with pytest.raises(ValueError, match=r"first and rest\.0 are one and the same layer.*nnx.clone"):
         inject_lora(model, 2, 4.0, r".*", rngs=nnx.Rngs(1))
     assert not lora_modules(model)
     inject_lora(model, 2, 4.0, ["free"], rngs=nnx.Rngs(1))

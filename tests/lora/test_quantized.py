@@ -144,7 +144,7 @@ def tied():
             lambda _: nnx.Sequential(nnx.Linear(8, 4, dot_general=jax.lax.batch_matmul, rngs=nnx.Rngs(0))), "int8",
             r"layers layers\.0 are of a subclass of nnx\.Linear or have a dot_general of their own",
         ),
-        (lambda _: tied(), "nf4", r"a and b are one and the same Linear layer"),
+        (lambda _: tied(), "nf4", r"a and b are one and the same layer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_quantized_is_refused_and_left_alone(change, kind, message):
