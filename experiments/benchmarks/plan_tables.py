@@ -2,8 +2,9 @@
 
 Question:  does the step fit, what binds it, how many tokens a second do the chips' published rates allow?
 Command:   make plan            (needs libtpu, no TPU)
-Hardware:  2 CPU cores. Minutes: 8; `planning_seconds` in each file.
-Observed:  all four fit; the step for 256 chips compiles as the one for 16 does.
+Hardware:  2 CPU cores. Minutes: 8 to 20; `planning_seconds` in each file.
+Observed:  all four fit; the step for 256 chips compiles as the one for 16 does. With all scores of a row written out
+           (2026-11-22) a chip held 3.13 and 4.44 GiB, with the splash kernel (2026-11-29) 1.48 and 3.24.
 
 The real step, bfloat16 base, LoRA r = 8 on q and v, rows of 1024 tokens that are all predicted, weights split over all
 chips of a slice of 16, and over 16 chips in each of 16 copies on 256. Seconds are not measured: see `planning.plan`.
