@@ -1,7 +1,7 @@
 """``stable-lora export``: an adapter, or the model with it folded in, for PEFT, transformers, vLLM and llama.cpp."""
 
+import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,8 @@ from stable_lora_jax.data import load_tokenizer
 from stable_lora_jax.finetune import HUB_NAMES, adapter_file, base_of, check_choice, load_with_adapter, record_of
 from stable_lora_jax.locations import check_local
 from stable_lora_jax.lora import TARGETS, AdapterSpec, merge_lora, read_adapter_spec, save_peft
-from stable_lora_jax.models import huggingface_module, save_gguf_adapter, save_huggingface
+from stable_lora_jax.lora.peft_files import CONFIG as PEFT_CONFIG
+from stable_lora_jax.models import huggingface_module, joined_modules, save_gguf_adapter, save_huggingface
 
 # vLLM 0.14: what its --max-lora-rank may be; it loads adapters of any rank up to that, by default up to 16.
 VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -64,20 +65,25 @@ def export_command(config: ExportConfig) -> None:
         return
     spec, model = read_adapter_spec(adapter_file(config.run)), load_with_adapter(name, config.run)
     base = config.base or HUB_NAMES.get(name, name)
-    count = save_peft(config.out, model, base, partial(huggingface_module, model_type=model.config.model_type))
+    count = save_peft(config.out, model, base, huggingface_module, joined_modules(model.config.model_type))
     print(f"{config.out}: {count} modules, rank {spec.rank}, alpha {spec.alpha:g}, base {base}")
-    for note in vllm_notes(spec):
+    written = json.loads((config.out / PEFT_CONFIG).read_text())
+    for note in vllm_notes(spec, max(written["r"], *written["rank_pattern"].values())):
         print(f"Note: {note}")
 
 
-def vllm_notes(spec: AdapterSpec) -> list[str]:
-    """Returns what vLLM needs to be told to load an adapter, or why it will not; nothing if it just loads."""
+def vllm_notes(spec: AdapterSpec, largest: int) -> list[str]:
+    """Returns what vLLM needs to be told to load an adapter, or why it will not; nothing if it just loads.
+
+    Args:
+      spec: of the adapter.
+      largest: of the ranks that its PEFT directory has.
+    """
     notes = []
     beyond = {"DoRA": spec.use_dora, "modules_to_save": bool(spec.whole)}
     if any(beyond.values()):
         named = " and ".join(name for name, used in beyond.items() if used)
         notes.append(f"vLLM loads no adapters with {named}; serve the merged model (--format merged).")
-    largest = max((spec.rank, *spec.ranks.values()))
     if largest > VLLM_MAX_RANKS[-1]:
         notes.append(f"vLLM loads ranks up to {VLLM_MAX_RANKS[-1]}; this adapter has {largest}.")
     elif largest > VLLM_DEFAULT_MAX_RANK:

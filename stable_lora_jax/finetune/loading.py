@@ -17,8 +17,8 @@ from stable_lora_jax.finetune.config import (
 )
 from stable_lora_jax.locations import Location, location
 from stable_lora_jax.lora import inject_lora, inject_peft, load_adapter, quantize_linears, read_adapter_spec, same_base
-from stable_lora_jax.lora.peft_directory import CONFIG as PEFT_CONFIG
-from stable_lora_jax.models import Decoder, huggingface_module, load_model
+from stable_lora_jax.lora.peft_files import CONFIG as PEFT_CONFIG
+from stable_lora_jax.models import Decoder, huggingface_module, joined_modules, load_model
 from stable_lora_jax.models.huggingface import read_json
 from stable_lora_jax.training import RunDirectory
 
@@ -97,7 +97,8 @@ def load_with_adapter(
         return base or load_base(name, dtype, quantize)
     if (adapter / PEFT_CONFIG).is_file():
         model = base or load_base(name, dtype, quantize)
-        count = inject_peft(adapter, model, HUB_NAMES.get(name, name), huggingface_module)
+        joined = joined_modules(model.config.model_type)
+        count = inject_peft(adapter, model, HUB_NAMES.get(name, name), huggingface_module, joined)
         print(f"{adapter}: filled {count} modules", file=sys.stderr)
         return model
     file = adapter_file(adapter)

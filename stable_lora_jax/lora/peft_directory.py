@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -26,18 +27,22 @@ from stable_lora_jax.lora.adapter_file import adapter_spec, same_base
 from stable_lora_jax.lora.injection import adaptable_layers, inject_lora, listed, lora_modules
 from stable_lora_jax.lora.layer import LoRALayer
 from stable_lora_jax.lora.peft_files import CONFIG, MAGNITUDE, WEIGHTS, is_adapted, read_peft
+from stable_lora_jax.lora.peft_joined import Joined, PeftModule, join_modules, joined_name, split_tensors
 from stable_lora_jax.lora.vocabulary import LoRAEmbed
 from stable_lora_jax.lora.whole_modules import whole_params
 
 ModuleName: TypeAlias = Callable[[str, int | None], str]
 
+NOTHING_JOINED: Joined = MappingProxyType({})
 _BASE = ".base_layer.weight"
 # Of modules that are trained whole: name of a parameter here -> in PyTorch, and its axes without those of a stack.
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _OWN_AXES = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
 
 
-def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: ModuleName) -> int:
+def save_peft(
+    directory: str | Path, model: nnx.Module, base: str, module_name: ModuleName, joined: Joined = NOTHING_JOINED
+) -> int:
     """Writes the adapters of `model` as a PEFT directory, and returns how many modules it holds.
 
     Args:
@@ -45,43 +50,57 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
       model: a model with adapters.
       base: written as base_model_name_or_path, e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
       module_name: from a dotted path here, and the number of the layer or None, to the module's name in transformers.
+      joined: last name of a module there that several here are parts of -> theirs, in the order of its output features.
 
     Raises:
-      ValueError: no adapters, some with and some without rslora, or one stacked over several axes.
+      ValueError: no adapters, some with and some without rslora, or one stacked over several axes; DoRA of some parts
+        of a joined module alone, or a part that is trained whole.
       FileExistsError: the directory holds an adapter already.
     """
     directory = Path(directory)
     spec = adapter_spec(model, base)
     modules = lora_modules(model)
-    everywhere = [each for path, module in modules.items() for each in _matrices(path, module, module_name)]
+    sizes = {
+        name: layer.kernel.shape[-1]
+        for path, layer in adaptable_layers(model).items()
+        if joined and isinstance(layer, nnx.Linear)
+        for name in [module_name(path.removesuffix(".base"), i) for i in _layers(layer.kernel)]
+    }
+    each_alone = [each for path, module in modules.items() for each in _matrices(path, module, module_name)]
+    everywhere = join_modules(each_alone, joined, sizes, spec.use_rslora)
     # Without an adapter, as in the layers that `layers_to_transform` leaves out: zero, and staying so.
-    matrices = [each for each in everywhere if jnp.any(each[1]) or jnp.any(each[2])] or everywhere
+    matrices = [each for each in everywhere if jnp.any(each.a) or jnp.any(each.b)] or everywhere
     embeddings = {module_name(path, None) for path, module in modules.items() if isinstance(module, LoRAEmbed)}
     tensors: dict[str, Any] = {}
-    for name, a, b, magnitude in matrices:
-        for side, matrix in (("A", a), ("B", b)):
-            tensors[f"base_model.model.{_key(name, side, name in embeddings)}"] = jnp.asarray(matrix.T)
-        if magnitude is not None:
-            tensors[f"base_model.model.{name}.{MAGNITUDE}"] = magnitude
+    for each in matrices:
+        for side, matrix in (("A", each.a), ("B", each.b)):
+            tensors[f"base_model.model.{_key(each.name, side, each.name in embeddings)}"] = jnp.asarray(matrix.T)
+        if each.magnitude is not None:
+            tensors[f"base_model.model.{each.name}.{MAGNITUDE}"] = each.magnitude
     whole: dict[str, None] = {}
     for path, param in whole_params(model).items():
         for name, leaf, value in _parts(path, param, module_name):
+            if joined_name(name, joined) != name:
+                raise ValueError(
+                    f"{name} is trained whole, and is a part of {joined_name(name, joined)} in transformers. Export "
+                    "the merged model, or leave it out of modules_to_save."
+                )
             tensors[f"base_model.model.{name}.{leaf}"] = value
             whole[re.sub(r".*\.\d+\.", "", name)] = None
     config = {
-        "alpha_pattern": _patterns(spec.alphas, modules, module_name),
+        "alpha_pattern": {re.escape(each.name): _number(each.alpha) for each in matrices if each.alpha != spec.alpha},
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_alpha": _number(spec.alpha),
         "lora_dropout": 0.0,
         "modules_to_save": list(whole) or None,
         "peft_type": "LORA",
         "r": spec.rank,
-        "rank_pattern": _patterns(spec.ranks, modules, module_name),
-        "target_modules": _target_modules({name for name, *_ in matrices}, {name for name, *_ in everywhere}),
+        "rank_pattern": {re.escape(each.name): each.rank for each in matrices if each.rank != spec.rank},
+        "target_modules": _target_modules({each.name for each in matrices}, {each.name for each in everywhere}),
         "task_type": "CAUSAL_LM",
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
@@ -94,14 +113,16 @@ def save_peft(directory: str | Path, model: nnx.Module, base: str, module_name: 
     return len(matrices)
 
 
-def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name: ModuleName) -> int:
+def inject_peft(
+    directory: str | Path, model: nnx.Module, base: str, module_name: ModuleName, joined: Joined = NOTHING_JOINED
+) -> int:
     """Injects the adapter of a PEFT directory into `model`, in place, and returns how many modules it filled.
 
     Args:
       directory: a PEFT directory, also one that `save_peft` wrote.
       model: the base model the adapter was trained on, without adapters.
       base: its name, compared with base_model_name_or_path (see `same_base`).
-      module_name: as in `save_peft`.
+      module_name, joined: as in `save_peft`.
 
     Raises:
       ValueError: a file that is missing or damaged; an adapter for another base model; something other than plain
@@ -124,6 +145,8 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
     slots = {
         path: [module_name(path, i) for i in _layers(kernel)] for path, kernel in kernels.items() if kernel.ndim <= 3
     }
+    sizes = {name: kernels[path].shape[-1] for path, names in slots.items() for name in names}
+    tensors = split_tensors(tensors, joined, sizes)
     embeddings = {path for path, layer in layers.items() if path != "lm_head" and isinstance(layer, nnx.Embed)}
     wanted = {key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
     whole, rest = _whole(directory, model, module_name, tensors, config.get("modules_to_save") or [])
@@ -138,7 +161,7 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
             f"{listed(sorted(wanted - known), 6)}. Its own are {listed(ours, 6)}. Load it onto the model it was "
             "trained on."
         )
-    if lacking := [name for name in known - wanted if is_adapted(config, name)]:
+    if lacking := [name for name in known - wanted if is_adapted(config, joined_name(name, joined))]:
         raise ValueError(
             f"{directory} lacks the matrices of {listed(sorted(lacking), 6)}, which its {CONFIG} says are adapted. "
             "Copy it again, or name the layers that are in layers_to_transform."
@@ -148,9 +171,10 @@ def inject_peft(directory: str | Path, model: nnx.Module, base: str, module_name
             f"{directory} uses DoRA in some layers alone: {listed(sorted(known - wanted), 6)} have none. Layers of a "
             "kind are one array here, with magnitudes for all or none."
         )
+    names_there = {path: [joined_name(name, joined) for name in slots[path] if name in wanted] for path in targets}
     # Shapes first: nothing changes before everything fits.
     ranks, alphas = (
-        {path: _one_value(directory, option, config, [*wanted & {*slots[path]}], default) for path in targets}
+        {path: _one_value(directory, option, config, names_there[path], default) for path in targets}
         for option, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"]))
     )
     stacks: dict[str, tuple[Any, ...]] = {}
@@ -190,13 +214,8 @@ def _target_modules(adapted: set[str], modules: set[str]) -> list[str]:
     return sorted({name if (end := name.rsplit(".", 1)[-1]) in partial else end for name in adapted})
 
 
-def _patterns(values: Mapping[str, Any], modules: Mapping[str, LoRALayer], module_name: ModuleName) -> dict[str, Any]:
-    """Returns module in transformers -> value, for the layers that have another than most."""
-    return {
-        re.escape(name): int(value) if float(value).is_integer() else value
-        for path, value in values.items()
-        for name, *_ in _matrices(path, modules[path], module_name)
-    }
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
 
 
 def _one_value(directory: Path, option: str, config: Mapping[str, Any], names: list[str], default: Any) -> Any:
@@ -216,8 +235,8 @@ def _one_value(directory: Path, option: str, config: Mapping[str, Any], names: l
     return values.pop()
 
 
-def _matrices(path: str, module: LoRALayer, module_name: ModuleName) -> list[tuple[str, Any, Any, Any]]:
-    """Returns (module name, A, B, magnitudes or None) of every matrix."""
+def _matrices(path: str, module: LoRALayer, module_name: ModuleName) -> list[PeftModule]:
+    """Returns the adapter of every matrix of a layer."""
     a, b = module.lora_a[...], module.lora_b[...]
     if a.ndim > 3:
         raise ValueError(
@@ -226,9 +245,11 @@ def _matrices(path: str, module: LoRALayer, module_name: ModuleName) -> list[tup
         )
     magnitude = None if module.magnitude is None else module.magnitude[...]
     if a.ndim == 2:
-        return [(module_name(path, None), a, b, magnitude)]
+        return [PeftModule(module_name(path, None), a, b, magnitude, module.rank, module.alpha)]
     lengths = [None] * a.shape[0] if magnitude is None else list(magnitude)
-    return [(module_name(path, i), a[i], b[i], lengths[i]) for i in range(a.shape[0])]
+    return [
+        PeftModule(module_name(path, i), a[i], b[i], lengths[i], module.rank, module.alpha) for i in range(a.shape[0])
+    ]
 
 
 def _parts(path: str, param: Any, module_name: ModuleName) -> list[tuple[str, str, Any]]:

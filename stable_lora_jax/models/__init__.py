@@ -10,7 +10,7 @@ with needs("train"):
     from stable_lora_jax.models.generation import generate, stream
     from stable_lora_jax.models.gguf_adapter import save_gguf_adapter
     from stable_lora_jax.models.hf_config import config_from_hf
-    from stable_lora_jax.models.huggingface import huggingface_module, save_huggingface
+    from stable_lora_jax.models.huggingface import huggingface_module, joined_modules, save_huggingface
     from stable_lora_jax.models.loading import load_model
     from stable_lora_jax.models.rope_scaling import (
         LinearRopeScaling,
@@ -34,6 +34,7 @@ __all__ = [
     "generate",
     "huggingface_module",
     "init_cache",
+    "joined_modules",
     "load_model",
     "save_gguf_adapter",
     "save_huggingface",

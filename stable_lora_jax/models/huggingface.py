@@ -154,30 +154,31 @@ def _tensor_name(path: str, layer: int | None) -> str:
     return f"{huggingface_module(module, layer)}.{_LEAVES[leaf]}"
 
 
-def huggingface_module(path: str, layer: int | None, model_type: str = "llama") -> str:
+def huggingface_module(path: str, layer: int | None) -> str:
     """Returns the name in transformers of a module of a `Decoder`, of one layer if it is stacked over layers.
 
     Args:
       path: dotted, in our decoder.
       layer: its number, or None for a module that is not stacked.
-      model_type: of the decoder's configuration.
-
-    Raises:
-      ValueError: transformers has no such module: Phi-3 joins several projections in one.
 
     Examples:
       >>> huggingface_module("layers.self_attn.q_proj", 3)
       'model.layers.3.self_attn.q_proj'
     """
-    joined = [name for name, parts in _FUSED.items() if any(path.endswith(part[: -len(".weight")]) for part in parts)]
-    if model_type == "phi3" and joined:
-        raise ValueError(
-            f"{path} is a part of {joined[0].removesuffix('.weight')} in transformers' Phi-3, so an adapter of it "
-            "alone has no name there. Export the merged model (--format merged), or adapt o_proj and down_proj."
-        )
     if layer is not None:
         path = path.replace("layers", f"layers.{layer}", 1)
     return path if path == "lm_head" else f"model.{path}"
+
+
+def joined_modules(model_type: str) -> dict[str, tuple[str, ...]]:
+    """Returns the modules that transformers joins in one -> their parts here, by their last names, in order.
+
+    >>> joined_modules("phi3")
+    {'qkv_proj': ('q_proj', 'k_proj', 'v_proj'), 'gate_up_proj': ('gate_proj', 'up_proj')}
+    """
+    if model_type != "phi3":
+        return {}
+    return {whole.split(".")[1]: tuple(part.split(".")[1] for part in parts) for whole, parts in _FUSED.items()}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -90,14 +90,14 @@ def test_the_files_say_what_peft_and_vllm_read(tmp_path, use_rslora):
     ],
 )
 def test_what_vllm_needs_to_be_told(rank, targets, notes):
-    told = vllm_notes(AdapterSpec(base=BASE, rank=rank, alpha=16, use_rslora=False, targets=targets))
+    told = vllm_notes(AdapterSpec(base=BASE, rank=rank, alpha=16, use_rslora=False, targets=targets), rank)
     assert len(told) == len(notes)
     assert all(part in note for part, note in zip(notes, told, strict=True))
 
 
 def test_what_vllm_does_not_load_is_said():
     spec = AdapterSpec(base=BASE, rank=8, alpha=16, use_rslora=False, targets=("q",), use_dora=True, whole=("norm",))
-    assert vllm_notes(spec)[0].startswith("vLLM loads no adapters with DoRA and modules_to_save")
+    assert vllm_notes(spec, 8)[0].startswith("vLLM loads no adapters with DoRA and modules_to_save")
 
 
 def test_any_model_may_be_exported(tmp_path):

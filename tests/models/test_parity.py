@@ -1,7 +1,6 @@
 """Against transformers on random models, in PyTorch float32."""
 
 import json
-from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from stable_lora_jax.models import (
     generate,
     huggingface_module,
     init_cache,
+    joined_modules,
     load_model,
     save_huggingface,
 )
@@ -210,6 +210,7 @@ FAMILIES = [
     ("Olmo2", {}),
     ("Granite", GRANITE),
     ("Gemma3", GEMMA),
+    ("Phi3", {"partial_rotary_factor": 0.5}),
 ]
 
 
@@ -222,7 +223,8 @@ def test_adapters_go_to_peft_and_back(tmp_path, family, changes):
     model = inject_lora(load_model(tmp_path / "base"), 3, 12, "all-linear", **options)
     tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
     ours = tiny.call(model, jnp.asarray(tokens))
-    save_peft(tmp_path / "ours", model, "base", partial(huggingface_module, model_type=model.config.model_type))
+    names = (huggingface_module, joined_modules(model.config.model_type))
+    save_peft(tmp_path / "ours", model, "base", *names)
     theirs = peft.PeftModel.from_pretrained(reference(family, **changes), tmp_path / "ours")
     with torch.no_grad():
         assert np.abs(theirs(torch.asarray(tokens)).logits.numpy() - ours).max() <= TOLERANCE
@@ -232,20 +234,69 @@ def test_adapters_go_to_peft_and_back(tmp_path, family, changes):
         expected = theirs(torch.asarray(tokens)).logits.numpy()
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     again = load_model(tmp_path / "base")
-    assert inject_peft(tmp_path / "theirs", again, "base", huggingface_module) == 7 * model.config.num_layers
+    assert inject_peft(tmp_path / "theirs", again, "base", *names) == 7 * model.config.num_layers
     assert np.abs(tiny.call(again, jnp.asarray(tokens)) - expected).max() <= TOLERANCE
 
 
-def test_phi3_has_no_names_for_parts_of_a_projection(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"v_proj": 3}}])
+def test_parts_of_phi3s_joined_projections(tmp_path, options):
     peft = pytest.importorskip("peft")
     reference("Phi3").save_pretrained(tmp_path / "base")
-    name = partial(huggingface_module, model_type="phi3")
-    model = inject_lora(load_model(tmp_path / "base"), 2, 4, "qv", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"q_proj is a part of self_attn.qkv_proj in transformers' Phi-3"):
-        save_peft(tmp_path / "ours", model, "base", name)
-    config = peft.LoraConfig(r=2, target_modules=["qkv_proj"])
-    peft.get_peft_model(reference("Phi3"), config).save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    with pytest.raises(ValueError, match=r"has no match for model.layers.0.self_attn.qkv_proj"):
-        inject_peft(tmp_path / "theirs", load_model(tmp_path / "base"), "base", huggingface_module)
-    model = inject_lora(load_model(tmp_path / "base"), 2, 4, ["o_proj", "down_proj"], rngs=nnx.Rngs(0))
-    assert save_peft(tmp_path / "others", model, "base", name) == 6
+    names, tokens = (huggingface_module, joined_modules("phi3")), np.random.default_rng(0).integers(0, 61, (2, 20))
+
+    def loaded():
+        return load_model(tmp_path / "base")
+
+    def logits(model):
+        with torch.no_grad():
+            return model(torch.asarray(tokens)).logits.numpy()
+
+    # From there, with ranks by pattern: three parts that share one A, which go back as they came.
+    changes = {name: value for name, value in options.items() if name != "rank_pattern"}
+    if "rank_pattern" in options:
+        changes["rank_pattern"], changes["alpha_pattern"] = {"qkv_proj": 5}, {"gate_up_proj": 3}
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["qkv_proj", "gate_up_proj"], **changes)
+    theirs = peft.get_peft_model(reference("Phi3"), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter.data, mean=1.0 if "magnitude" in name else 0.0, std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    model = loaded()
+    assert inject_peft(tmp_path / "theirs", model, "base", *names) == 5 * model.config.num_layers
+    assert np.abs(tiny.call(model, jnp.asarray(tokens)) - logits(theirs)).max() <= TOLERANCE
+    assert save_peft(tmp_path / "back", model, "base", *names) == 2 * model.config.num_layers
+    there, back = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("theirs", "back"))
+    assert there.keys() == back.keys()
+    assert all(np.array_equal(there[key], back[key]) for key in there)
+
+    # From here: parts that each have an A, of which one may have none.
+    parts = ["q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"] if "use_dora" in options else ["q_proj", "v_proj"]
+    ours = inject_lora(
+        loaded(),
+        2,
+        6,
+        parts,
+        rngs=nnx.Rngs(0),
+        b_init=nnx.initializers.normal(0.3),
+        alpha_pattern={"v_proj": 2},
+        **options,
+    )
+    save_peft(tmp_path / "ours", ours, "base", *names)
+    read = peft.PeftModel.from_pretrained(reference("Phi3"), tmp_path / "ours")
+    assert np.abs(logits(read) - tiny.call(ours, jnp.asarray(tokens))).max() <= TOLERANCE
+    again = loaded()
+    inject_peft(tmp_path / "ours", again, "base", *names)
+    assert np.abs(tiny.call(again, jnp.asarray(tokens)) - tiny.call(ours, jnp.asarray(tokens))).max() <= TOLERANCE
+
+
+def test_what_phi3s_joined_projections_cannot_hold(tmp_path):
+    names = (huggingface_module, joined_modules("phi3"))
+    model = inject_lora(tiny.decoder(model_type="phi3"), 2, 4, "qv", rngs=nnx.Rngs(0), use_dora=True)
+    with pytest.raises(ValueError, match=r"DoRA was trained in q_proj, v_proj alone, which PEFT cannot hold"):
+        save_peft(tmp_path / "dora", model, "base", *names)
+    model = inject_lora(tiny.decoder(model_type="phi3"), 2, 4, "qv", rngs=nnx.Rngs(0), modules_to_save=["k_proj"])
+    with pytest.raises(
+        ValueError, match=r"k_proj is trained whole, and is a part of model.layers.0.self_attn.qkv_proj"
+    ):
+        save_peft(tmp_path / "whole", model, "base", *names)
+    assert not list(tmp_path.iterdir())
