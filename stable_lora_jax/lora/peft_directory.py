@@ -60,11 +60,12 @@ def save_peft(
     directory = Path(directory)
     spec = adapter_spec(model, base)
     modules = lora_modules(model)
+    kernels = {path.removesuffix(".base"): _kernel(path, layer) for path, layer in adaptable_layers(model).items()}
     sizes = {
-        name: layer.kernel.shape[-1]
-        for path, layer in adaptable_layers(model).items()
-        if joined and isinstance(layer, nnx.Linear)
-        for name in [module_name(path.removesuffix(".base"), i) for i in _layers(layer.kernel)]
+        module_name(path, layer): kernel.shape[-1]
+        for path, kernel in kernels.items()
+        if kernel.ndim <= 3
+        for layer in _layers(kernel)
     }
     each_alone = [each for path, module in modules.items() for each in _matrices(path, module, module_name)]
     everywhere = join_modules(each_alone, joined, sizes, spec.use_rslora)
@@ -100,7 +101,9 @@ def save_peft(
         "peft_type": "LORA",
         "r": spec.rank,
         "rank_pattern": {re.escape(each.name): each.rank for each in matrices if each.rank != spec.rank},
-        "target_modules": _target_modules({each.name for each in matrices}, {each.name for each in everywhere}),
+        "target_modules": _target_modules(
+            {each.name for each in matrices}, {joined_name(name, joined) for name in sizes}
+        ),
         "task_type": "CAUSAL_LM",
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
@@ -208,7 +211,7 @@ def inject_peft(
 
 
 def _target_modules(adapted: set[str], modules: set[str]) -> list[str]:
-    """Returns endings of names where each has adapters wherever it occurs, and else whole names."""
+    """Returns endings of names where every module of the model that has one is adapted, and else whole names."""
     endings = {name.rsplit(".", 1)[-1] for name in adapted}
     partial = {ending for name in modules - adapted if (ending := name.rsplit(".", 1)[-1]) in endings}
     return sorted({name if (end := name.rsplit(".", 1)[-1]) in partial else end for name in adapted})

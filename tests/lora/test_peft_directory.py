@@ -117,6 +117,16 @@ def test_targets_have_the_names_that_the_file_has(tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["first"]
 
 
+def test_targets_name_no_module_that_has_no_adapter(tmp_path):
+    def linear(seed):
+        return nnx.Linear(6, 4, rngs=nnx.Rngs(seed))
+
+    model = nnx.Dict(encoder=nnx.Dict(q=linear(0), v=linear(1)), decoder=nnx.Dict(q=linear(2)))
+    inject_lora(model, 2, 4, ["encoder.q", "v"], rngs=nnx.Rngs(3))
+    save_peft(tmp_path / "out", model, "mine", lambda path, layer: path)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["encoder.q", "v"]
+
+
 def test_layers_stacked_over_two_axes_are_refused(tmp_path):
     def stacked():
         make = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))
