@@ -27,7 +27,7 @@ check: lint
 ON_OLDEST := optim/test_golden.py optim/test_stable_lora.py optim/test_conformance.py models/test_parity.py \
     models/test_smollm2.py models/test_generation.py lora data/test_conversations.py data/test_tokenizer.py \
     evaluation/test_likelihood.py training/test_step.py training/test_loop.py training/test_checkpoints.py \
-    training/test_sweep.py ecosystem/test_producers.py cli/test_cli.py cli/test_chat_walk.py test_import.py
+    training/test_sweep.py ecosystem/test_producers.py cli/test_cli.py cli/test_chat_walk.py experiments/test_packing.py test_import.py
 
 # SHARE=2/5 takes a fifth of what make check leaves out, and all else: five shares are everything.
 test: $(NEWEST)/installed $(OLDEST)/installed
