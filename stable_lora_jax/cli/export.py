@@ -68,7 +68,7 @@ def export_command(config: ExportConfig) -> None:
     count = save_peft(config.out, model, base, huggingface_module, joined_modules(model.config.model_type))
     print(f"{config.out}: {count} modules, rank {spec.rank}, alpha {spec.alpha:g}, base {base}")
     written = json.loads((config.out / PEFT_CONFIG).read_text())
-    for note in vllm_notes(spec, max(written["r"], *written["rank_pattern"].values())):
+    for note in vllm_notes(spec, max([written["r"], *written["rank_pattern"].values()])):
         print(f"Note: {note}")
 
 
