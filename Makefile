@@ -10,7 +10,7 @@ OUT := runs/demo
 # Modules are compiled to bytecode when they are first imported: of most that are installed, none ever is.
 PIP_INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt --editable
 
-.PHONY: environments demo check test test-tunix test-tpu test-gpu-compile lint docs docs-serve
+.PHONY: environments demo check fast-tests test test-tunix test-tpu test-gpu-compile lint docs docs-serve
 .PHONY: bench bench-gpu bench-optimizers bench-sweep quantize plan results clean
 
 environments: $(NEWEST)/installed $(OLDEST)/installed
@@ -19,7 +19,10 @@ demo: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.demo --out $(OUT) $(if $(QUICK),--quick)
 
 # The loop while writing: lint, types and the fast tests, without a download.
-check: lint
+check: $(NEWEST)/installed
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint fast-tests
+
+fast-tests: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest --quiet --numprocesses 2 -m "not slow and not network and not processes"
 
 # Everything runs on the newest; on the oldest what needs PyTorch, and what an older JAX, Flax or Python may change: the
@@ -29,7 +32,7 @@ ON_OLDEST := optim/test_golden.py optim/test_stable_lora.py optim/test_conforman
     evaluation/test_likelihood.py training/test_step.py training/test_loop.py training/test_checkpoints.py \
     training/test_sweep.py ecosystem/test_producers.py cli/test_cli.py cli/test_chat_walk.py experiments/test_packing.py test_import.py
 
-# SHARE=2/5 takes a fifth of what make check leaves out, and all else: five shares are everything.
+# SHARE=2/10 takes a tenth of what make check leaves out, and all else: ten shares are everything.
 test: $(NEWEST)/installed $(OLDEST)/installed
 	$(NEWEST)/bin/python -m pytest --numprocesses 3 --dist worksteal $(if $(SHARE),--share $(SHARE))
 	$(OLDEST)/bin/python -m pytest --numprocesses 3 --dist worksteal $(if $(SHARE),--share $(SHARE)) \
