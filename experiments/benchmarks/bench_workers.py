@@ -1,7 +1,9 @@
 """The contenders of `bench_train`: our step, the same mathematics written out bare, and PEFT on torch."""
 
+import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from experiments.running.provenance import versions
 
 def run(name: str, length: int, dtype: str, steps: int) -> dict[str, Any]:
     """Returns the measurements of one contender."""
-    return {"ours": ours, "bare": bare, "peft": peft}[name](length, dtype, steps)
+    contenders = {"ours": ours, "bare": bare, "peft": peft, "peft-compiled": partial(peft, compiled=True)}
+    return contenders[name](length, dtype, steps)
 
 
 def ours(length: int, dtype: str, steps: int) -> dict[str, Any]:
@@ -193,8 +196,14 @@ def bare(length: int, dtype: str, steps: int) -> dict[str, Any]:
     }
 
 
-def peft(length: int, dtype: str, steps: int) -> dict[str, Any]:
-    """Hugging Face transformers, PEFT and torch.optim.AdamW, with loss at the same answer tokens."""
+def peft(length: int, dtype: str, steps: int, compiled: bool = False) -> dict[str, Any]:
+    """Hugging Face transformers, PEFT and torch.optim.AdamW, with loss at the same answer tokens.
+
+    On all cores, with torch's fused attention, over plain Linear layers of the dtype under test.
+
+    Raises:
+      RuntimeError: a frozen layer is none, or of another dtype.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -203,23 +212,43 @@ def peft(length: int, dtype: str, steps: int) -> dict[str, Any]:
 
     file = smollm2_gguf()
     width = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=width)
+    torch.set_num_threads(os.cpu_count() or 1)
+    base = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=width, attn_implementation="sdpa"
+    )
+    layers = [getattr(part, f"{name}_proj") for layer in base.model.layers for part, names in
+              ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))) for name in names]  # fmt: skip
+    odd = {f"{type(layer)} of {layer.weight.dtype}" for layer in layers if type(layer) is not torch.nn.Linear}
+    odd |= {f"{layer.weight.dtype}" for layer in layers if layer.weight.dtype != width}
+    if odd:
+        raise RuntimeError(f"The peer is not what a user would train: {odd} instead of torch.nn.Linear of {width}.")
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     tokens, targets = (torch.as_tensor(x) for x in random_rows(length))
 
+    def loss() -> Any:
+        logits = model(tokens, logits_to_keep=ANSWER).logits.float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    if compiled:
+        loss = torch.compile(loss)
+
     def advance() -> None:
         optimizer.zero_grad()
-        logits = model(tokens, logits_to_keep=ANSWER).logits.float()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        loss().backward()
         optimizer.step()
 
+    start = time.perf_counter()
+    advance()
+    first = time.perf_counter() - start
     seconds, peak = timed(advance, steps), peak_gigabytes()
     x, w = torch.ones(BATCH * length, 576, dtype=width), torch.ones(1536, 576, dtype=width)
     rate = rate_of(lambda: torch.nn.functional.linear(x, w), BATCH * length)
     return {
         "seconds": seconds,
+        "first_step_seconds": round(first, 3),
         "peak_gigabytes": round(peak, 3),
+        "threads": torch.get_num_threads(),
         "floor_seconds": round(frozen_flops(length) / rate, 4),
         "versions": versions("torch", "transformers", "peft"),
     }
