@@ -254,17 +254,21 @@ def append(file: Path, record: Record) -> None:
 
 
 def _groups(cells: Sequence[Cell], together: int) -> list[list[Cell]]:
-    """Returns the cells in groups that one program can train."""
+    """Returns the cells in groups that one program can train; those that validate while they train alone, and last."""
     if together == 1:
         return [[cell] for cell in cells]
     from experiments.running.together import VARYING
 
     alike: dict[str, list[Cell]] = {}
+    alone = [cell for cell in cells if cell.train.schedule.eval_every is not None]
     for cell in cells:
+        if cell in alone:
+            continue
         options = options_of(fingerprint(cell.train))
         rest = {name: value for name, value in options.items() if name not in VARYING}
         alike.setdefault(json.dumps(rest, sort_keys=True), []).append(cell)
-    return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
+    groups = [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
+    return groups + [[cell] for cell in alone]
 
 
 def train_cells(group: Sequence[Cell], runs: Path) -> list[Record]:

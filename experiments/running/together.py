@@ -27,6 +27,8 @@ VARYING = {"learning_rate", "alpha", "lam", "ratio", "seed"}
 def train_together(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     """Trains all, leaves an adapter in each run directory, and returns seconds and stops of each, or how it failed."""
     start, first = time.perf_counter(), configs[0]
+    if first.schedule.eval_every is not None:
+        raise ValueError("Runs that validate while they train are not trained together. Leave --together out.")
     examples = load_training_examples(first)
     batches = [training_batches(config, examples) for config in configs]
     total = total_steps(first, batches[0].steps_per_epoch)

@@ -6,7 +6,8 @@ Hardware:  an accelerator of 16 GB or more. Minutes: not measured; not for a CPU
 Paper:     3B at 5000 steps: 59.44 with Stable-LoRA, 58.83 with AdamW.
 
 η, s and λ are not searched here; the paper searches them for each method. Lines of a training file have "query" and
-"response" (MetaMathQA) or "question" and "answer" (GSM8K).
+"response" (MetaMathQA) or "question" and "answer" (GSM8K). Where a model is too small to solve problems, the nats per
+token of the test set's own solutions still tell methods apart.
 """
 
 import hashlib
@@ -21,12 +22,13 @@ from experiments.running import tables
 from experiments.running.cells import Cell, Options, Record, bits, read_lines, run_cells, training
 from experiments.running.markdown import markdown
 from experiments.running.smoke import smoke
-from stable_lora_jax.data import Completion, load_jsonl, load_tokenizer
-from stable_lora_jax.evaluation import exact_match
+from stable_lora_jax.data import Completion, encode_all, load_jsonl, load_tokenizer
+from stable_lora_jax.evaluation import evaluate, exact_match
 from stable_lora_jax.finetune import load_with_adapter
 from stable_lora_jax.models import generate
 
 AT_ONCE = 64  # problems answered at once
+PROMPT = "Question: {}\nAnswer:"
 GSM8K = Path(__file__).parent / "gsm8k" / "problems.jsonl"  # ten problems, for the smoke test
 
 
@@ -52,7 +54,7 @@ class CotConfig(Options):
     """Longest answer."""
 
 
-def as_file(source: str, split: str, folder: Path) -> str:
+def as_file(source: str, split: str, folder: Path, prompt: str = PROMPT) -> str:
     """Returns a .jsonl file of prompts and completions, named by its content, made from a file or the hub."""
     import datasets
 
@@ -61,7 +63,7 @@ def as_file(source: str, split: str, folder: Path) -> str:
     else:
         records = datasets.load_dataset(source, *(["main"] if source.endswith("gsm8k") else []), split=split)
     pairs = [(r["query"], r["response"]) if "query" in r else (r["question"], r["answer"]) for r in records]
-    lines = [{"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"} for question, answer in pairs]
+    lines = [{"prompt": prompt.format(question), "completion": f" {answer}"} for question, answer in pairs]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     file = folder / f"{Path(source).name.split('.')[0]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,10 +71,14 @@ def as_file(source: str, split: str, folder: Path) -> str:
     return str(file)
 
 
-def cells(config: CotConfig) -> list[Cell]:
+def cells(config: CotConfig, prompt: str = PROMPT, rank: int = 8, **others: Any) -> list[Cell]:
+    """Returns the runs of all lengths, methods and seeds; others are further options of every run."""
     folder = config.runs.parent / "data"
-    train, test = as_file(config.train, "train", folder), as_file(config.test, "test", folder)
-    numbers = {"learning_rate": config.learning_rate, "alpha": 8 * config.scale, "lam": config.lam, "loss": "answer"}
+    train, test = (
+        as_file(source, split, folder, prompt) for source, split in ((config.train, "train"), (config.test, "test"))
+    )
+    numbers = {"learning_rate": config.learning_rate, "lam": config.lam, "loss": "answer"}
+    numbers |= {"rank": rank, "alpha": rank * config.scale} | others
     scored = {"score_on": test, "scoring": f"max_new_tokens={config.max_new_tokens}"}
     return [
         Cell(train=training(config, train, method=method, seed=seed, **numbers | {"steps": steps}), **scored)
@@ -83,10 +89,11 @@ def cells(config: CotConfig) -> list[Cell]:
 
 
 def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
-    """Returns the share of problems whose generated answer ends in the right number, and which ones."""
+    """Returns the share of problems whose generated answer ends in the right number, which ones, and the nats."""
     base = cell.train.model
     model, tokenizer = load_with_adapter(base.name, directory, base.dtype), load_tokenizer(base.name)
     problems = [item for item in load_jsonl(cell.score_on) if isinstance(item, Completion)]
+    nats = evaluate(model, encode_all(tokenizer, problems)).nll_token
     prompts = tokenizer([p.prompt for p in problems], add_special_tokens=True, verbose=False)["input_ids"]
     answers: list[list[int]] = []
     options: Any = {"max_new_tokens": config.max_new_tokens, "eos_id": tokenizer.eos_token_id}
@@ -94,12 +101,13 @@ def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
         answers += generate(model, prompts[start : start + AT_ONCE], **options)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     right = [exact_match(text, problem.completion) for text, problem in zip(texts, problems, strict=True)]
-    return {"accuracy_token": sum(right) / len(right), "questions": len(right), "correct_token": bits(right)}
+    scores = {"accuracy_token": sum(right) / len(right), "questions": len(right), "correct_token": bits(right)}
+    return scores | {"nll_token": round(nats, 6)}
 
 
-def report(results: Path) -> str:
-    """Returns the tables, one a setting."""
-    records, text = read_lines("cot", results), ""
+def report(results: Path, name: str = "cot") -> str:
+    """Returns the tables of an experiment's lines, one a setting."""
+    records, text = read_lines(name, results), ""
     for each in tables.grouped(records, lambda record: tables.setting(record, *tables.OF_METHODS, "steps")).values():
         groups = tables.grouped(each, lambda record: (record["steps"], record["train"]["method"]))
         rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]

@@ -4,19 +4,19 @@ Question:  at each method's best learning rate, and over the whole grid, what do
            A₀ × 1/4 and decay on A, with few data and many passes, three passes, and fresh data, at s = 16 and at s = 2?
            Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
 Command:   python -m experiments.studies.rates    (--settings few --scales 16 for a sixth; --part, --ray, --together)
-Hardware:  2 CPU cores, 6 GB. Minutes: 12 a cell; 9 methods x 5 rates x 2 seeds are 18 hours a setting and scale. One
+Hardware:  2 CPU cores, 6 GB. Minutes: 12 a cell; 10 methods x 5 rates x 2 seeds are 20 hours a setting and scale. One
            H100 with --together 60: 10 in all.
 Expected:  (2026-11-27) in LOG.md.
 
-LoRA r = 8 on q and v, 8 questions a step, cosine after 3 % warm-up, clip 1, loss on the right answer. Decay is per step
-at the peak rate: a weight decay of d / η, so that A loses the share d there at every η of the grid, and less where the
-schedule has fallen.
+LoRA r = 8 on q and v, 8 questions a step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
+early: of ten validations, the adapter with the least held-out nats. Decay is per step at the peak rate: a weight decay
+of d / η, so that A loses the share d there at every η of the grid, and less where the schedule has fallen.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import tyro
 from experiments.running.bases import shared_base
 from experiments.running.cells import Cell, Options, Record, bits, run_cells, training
 from experiments.running.smoke import smoke
+from experiments.studies.pilot import EARLY
 from experiments.studies.rates_tables import report
 from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
@@ -39,6 +40,7 @@ SETTINGS: Mapping[str, tuple[str, int | None, int]] = {
     "passes": ("arc_easy", None, 750),
     "fresh": ("social_iqa", 4000, 500),
 }
+VALIDATIONS = 10  # of a run whose best adapter is kept
 # method as tables call it -> options, and decay per step at the peak rate
 METHODS: Mapping[str, tuple[dict[str, Any], float]] = {
     "AdamW": ({"method": "adamw"}, 0.0),
@@ -50,6 +52,7 @@ METHODS: Mapping[str, tuple[dict[str, Any], float]] = {
     "lora-plus": ({"method": "lora-plus"}, 0.0),
     "riemannian": ({"method": "riemannian"}, 0.0),
     "lora-rite": ({"method": "lora-rite"}, 0.0),
+    EARLY: ({"method": "adamw", "keep_best": True}, 0.0),
 }
 
 
@@ -78,14 +81,19 @@ def questions_of(task: str, split: str) -> list[Any]:
     return list(load_jsonl(task)) if task.endswith(".jsonl") else load_task(task, split)
 
 
-def training_file(setting: str, task: str, held_out: int, folder: Path) -> str:
-    """Returns a .jsonl file of a setting's training questions, named by its content."""
-    items, _ = hold_out(questions_of(task, "train"), held_out)
+def training_files(setting: str, task: str, held_out: int, folder: Path) -> tuple[str, str]:
+    """Returns .jsonl files of a setting's training questions and of those held out, named by their content."""
+    items, chosen_on = hold_out(questions_of(task, "train"), held_out)
     count = SETTINGS[setting][1]
     items = items if count is None or count >= len(items) else hold_out(items, count)[1]
+    return written(items, setting, folder), written(chosen_on, f"{setting}-held-out", folder)
+
+
+def written(items: Sequence[Any], name: str, folder: Path) -> str:
+    """Returns a .jsonl file of questions, named by its content."""
     names = ("question", "choices", "answer_index")
     text = "".join(json.dumps({name: getattr(q, name) for name in names}, ensure_ascii=False) + "\n" for q in items)
-    file = folder / f"{setting}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    file = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return str(file)
@@ -97,7 +105,7 @@ def cells(config: RatesConfig) -> list[Cell]:
     order = itertools.product(config.settings, config.scales, range(config.seeds), config.variants, config.rates)
     for setting, scale, seed, name, rate in order:
         task = config.tasks[0] if config.tasks[0].endswith(".jsonl") else SETTINGS[setting][0]
-        file = training_file(setting, task, config.held_out, config.runs.parent / "data")
+        file, held_out = training_files(setting, task, config.held_out, config.runs.parent / "data")
         options, decay = METHODS[name]
         numbers = {
             "learning_rate": rate,
@@ -106,7 +114,10 @@ def cells(config: RatesConfig) -> list[Cell]:
             "loss": "answer",
             "weight_decay": decay / rate,
         }
-        numbers |= options | {"steps": config.steps or SETTINGS[setting][2]}
+        steps = config.steps or SETTINGS[setting][2]
+        numbers |= options | {"steps": steps}
+        if name == EARLY:
+            numbers |= {"validation": held_out, "eval_every": max(1, steps // VALIDATIONS)}
         split = "validation" if task == "social_iqa" else "test"
         train, scoring = training(config, file, **numbers), f"held_out={config.held_out}"
         found.append(Cell(train=train, score_on=f"{task} {split}", scoring=scoring))

@@ -27,6 +27,8 @@ def method_of(record: Record) -> str:
         return f"λ = {train['lam']:g}"
     if train["method"] != "adamw":
         return train["method"]
+    if train.get("eval_every"):
+        return pilot.EARLY
     if train["a_scale"] != 1:
         return f"A₀ × {train['a_scale']:g}"
     if train.get("decay_only_a"):
