@@ -15,6 +15,7 @@ from stable_lora_jax.data import (
     load_jsonl,
     load_task,
     load_tokenizer,
+    parse_columns,
 )
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.finetune import (
@@ -45,6 +46,9 @@ class EvalConfig:
     data: str = "arc_easy"
     """A task (arc_easy, arc_challenge, openbookqa, social_iqa, hellaswag), a .jsonl file of questions, or
     hub:OWNER/NAME."""
+    map: str | None = None
+    """Of a data set of the hub: which column is which field, e.g. question=sentence,choices=options; as the run was
+    trained if not given and it was trained on that data set."""
     split: str = "validation"
     """Of a task: train, validation, test, or holdout, those of the training questions that the adapter's run kept out.
     A file is scored whole, or its holdout."""
@@ -67,6 +71,9 @@ class EvalConfig:
         if self.prompt_format is not None:
             check_choice("prompt_format", self.prompt_format, PROMPT_FORMATS)
         check_data(self.data)
+        if self.map and not self.data.startswith("hub:"):
+            raise ValueError(f"map={self.map!r} names columns of a data set of the hub. Leave it out for {self.data}.")
+        parse_columns(self.map or "")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} is below 1. Leave it out to score every question.")
 
@@ -78,7 +85,7 @@ def eval_command(config: EvalConfig) -> Evaluation:
     elif config.data in TASKS:
         items = load_task(config.data, config.split, source=config.source)
     elif config.data.startswith("hub:"):
-        items = load_hub(config.data, config.split, {})
+        items = load_hub(config.data, config.split, parse_columns(_columns(config)))
     elif config.split != EvalConfig.split:
         raise ValueError(f"split={config.split!r} is for tasks; {config.data} is scored whole. Leave --split out.")
     else:
@@ -102,6 +109,13 @@ def eval_command(config: EvalConfig) -> Evaluation:
     if config.output:
         config.output.write_text(json.dumps(scores.summary(), indent=2) + "\n")
     return scores
+
+
+def _columns(config: EvalConfig) -> str:
+    """Returns the columns as given, or those that the adapter's run took of the same data set."""
+    trained = RunConfig.from_record(record_of(config.adapter).get("config", {})).data
+    as_trained = trained.map if trained.name == config.data else ""
+    return as_trained if config.map is None else config.map
 
 
 def _held_out(config: EvalConfig) -> list[Any]:

@@ -145,3 +145,32 @@ def test_columns_of_a_data_set(model, data, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         code_of([*flags, "--map", "prompt"])
     assert "is not understood. Write field=column" in " ".join(capsys.readouterr().err.split())
+
+
+def test_columns_of_questions_are_those_that_were_trained_on(model, tmp_path, capsys):
+    folder, renamed = tmp_path / "set", {"question": "asked", "choices": "options", "answer_index": "right"}
+    folder.mkdir()
+    sums = [(a, b) for a in range(6) for b in range(4)]
+    rows = [{"question": f"{a}+{b}=", "choices": [str(a + b), "x"], "answer_index": 0} for a, b in sums]
+    direct = tmp_path / "direct.jsonl"
+    direct.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps({renamed[name]: value for name, value in row.items()}) + "\n" for row in rows]
+    (folder / "train.jsonl").write_text("".join(lines))
+    hub, columns = f"hub:{folder}", ",".join(f"{field}={column}" for field, column in renamed.items())
+    flags = ["train", "--model", model, "--steps", 1, "--batch-size", 4, "--run-dir", tmp_path / "run"]
+    assert code_of([*flags, "--data", hub, "--map", columns]) == 0
+    capsys.readouterr()
+    scores = []
+    for asked in (
+        ["--data", direct],
+        ["--data", hub, "--split", "train"],  # as it was trained
+        ["--data", hub, "--split", "train", "--map", columns],
+    ):
+        assert code_of(["eval", "--adapter", tmp_path / "run", *asked]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == scores[1] == scores[2]
+    assert code_of(["eval", "--model", model, "--data", hub, "--split", "train"]) == 2
+    assert "--map" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        code_of(["eval", "--data", direct, "--map", columns])
+    assert "Leave it out for" in " ".join(capsys.readouterr().err.split())
