@@ -12,7 +12,15 @@ from pathlib import Path
 import tyro
 
 from experiments import demo, findings, gpu_day
-from experiments.benchmarks import bench_optimizers, bench_sweep, bench_train, overhead, plan_tables, quantize
+from experiments.benchmarks import (
+    bench_optimizers,
+    bench_packing,
+    bench_sweep,
+    bench_train,
+    overhead,
+    plan_tables,
+    quantize,
+)
 from experiments.studies import (
     ablation,
     cot,
@@ -49,6 +57,7 @@ PAGES = (
 TABLES = {
     "demo": (demo.table, "demo.json"),
     "bench_train": (bench_train.table, "bench_train.json"),
+    "bench_packing": (bench_packing.table, "bench_packing.json"),
     "bench_optimizers": (bench_optimizers.short_table, "bench_optimizers.json"),
 }
 DOCUMENTS = (Path("README.md"), Path("docs/findings.md"), Path("docs/cost.md"))

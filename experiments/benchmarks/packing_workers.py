@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.running.provenance import versions
 from stable_lora_jax.data import (
     Encoded,
@@ -99,7 +101,9 @@ def peft(data: str, model: str, packed: bool, steps: int, max_length: int) -> di
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-4)
     lengths = [each.length for each in examples]
     order = list(LengthGroupedSampler(BATCH, lengths=lengths, generator=torch.Generator().manual_seed(0)))
-    chosen = [[examples[i] for i in order[step * BATCH : (step + 1) * BATCH]] for step in range(steps)]
+    # Spread over the epoch: within 50 batches the sampler's order falls from the longest examples to the shortest.
+    first = np.linspace(0, len(order) // BATCH - 1, steps).round().astype(int) * BATCH
+    chosen = [[examples[i] for i in order[start : start + BATCH]] for start in first]
     batches = [(packed_row if packed else padded_rows)(batch) for batch in chosen]
 
     def advance(batch: Any) -> None:
