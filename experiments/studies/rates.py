@@ -3,9 +3,9 @@
 Question:  at each method's best learning rate, and over the whole grid, what does the shrink buy against AdamW,
            A₀ × 1/4 and decay on A, with few data and many passes, three passes, and fresh data, at s = 16 and at s = 2?
            Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
-Command:   python -m experiments.studies.rates    (--settings few --scales 16 for a sixth; --part, --ray, --together)
-Hardware:  2 CPU cores, 6 GB. Minutes: 12 a cell; 10 methods x 5 rates x 2 seeds are 20 hours a setting and scale. One
-           H100 with --together 60: 10 in all.
+Command:   python -m experiments.studies.rates    (--settings few --scales 16 --seeds 1; --part, --ray, --together)
+Hardware:  2 CPU cores, 6 GB. Minutes: 12 a cell, or 30 on the slowest cores so far; a setting and scale has 60 a
+           seed, 12 hours. One H100 with --together 60: about 25 for all 1360, by the pilot's 60 a minute.
 Expected:  (2026-11-27) in LOG.md.
 
 LoRA r = 8 on q and v, 8 questions a step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
@@ -13,6 +13,7 @@ early: of ten validations, the adapter with the least held-out nats. Decay is pe
 of d / η, so that A loses the share d there at every η of the grid, and less where the schedule has fallen.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -33,6 +34,7 @@ from experiments.studies.rates_tables import report
 from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_task, load_tokenizer
 from stable_lora_jax.evaluation import Evaluation, evaluate
 from stable_lora_jax.finetune import load_with_adapter
+from stable_lora_jax.training import RunDirectory
 
 # setting -> (task, questions trained on or None for all, steps)
 SETTINGS: Mapping[str, tuple[str, int | None, int]] = {
@@ -41,6 +43,13 @@ SETTINGS: Mapping[str, tuple[str, int | None, int]] = {
     "fresh": ("social_iqa", 4000, 500),
 }
 VALIDATIONS = 10  # of a run whose best adapter is kept
+# η at s = 16, around the best ones of the pilot, whose grid ended at the best of few and of fresh; at s = 2 four times
+# as much, since B has to become larger there.
+RATES: Mapping[str, tuple[float, ...]] = {
+    "few": (1.5625e-5, 3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4),
+    "passes": (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3),
+    "fresh": (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+}
 # method as tables call it -> options, and decay per step at the peak rate
 METHODS: Mapping[str, tuple[dict[str, Any], float]] = {
     "AdamW": ({"method": "adamw"}, 0.0),
@@ -66,9 +75,9 @@ class RatesConfig(Options):
     """Methods, as the tables call them."""
     scales: tuple[float, ...] = (16.0, 2.0)
     """s."""
-    rates: tuple[float, ...] = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
-    """η."""
-    seeds: int = 2
+    rates: tuple[float, ...] | None = None
+    """η; those of the setting and scale if not given."""
+    seeds: int = 4
     """Seeds 0, 1, ..."""
     held_out: int = 321
     """Training questions that the rate is chosen on; reported are ARC-Easy's test and Social IQA's validation split."""
@@ -81,6 +90,7 @@ def questions_of(task: str, split: str) -> list[Any]:
     return list(load_jsonl(task)) if task.endswith(".jsonl") else load_task(task, split)
 
 
+@functools.cache
 def training_files(setting: str, task: str, held_out: int, folder: Path) -> tuple[str, str]:
     """Returns .jsonl files of a setting's training questions and of those held out, named by their content."""
     items, chosen_on = hold_out(questions_of(task, "train"), held_out)
@@ -99,11 +109,17 @@ def written(items: Sequence[Any], name: str, folder: Path) -> str:
     return str(file)
 
 
+def rates_of(setting: str, scale: float) -> tuple[float, ...]:
+    """Returns the grid of η at a scale."""
+    return tuple((4 if scale < 8 else 1) * rate for rate in RATES[setting])
+
+
 def cells(config: RatesConfig) -> list[Cell]:
     """Returns the runs, seed by seed, so that a run that is cut has whole curves of the first seed."""
     found = []
-    order = itertools.product(config.settings, config.scales, range(config.seeds), config.variants, config.rates)
-    for setting, scale, seed, name, rate in order:
+    order = itertools.product(config.settings, config.scales, range(config.seeds), config.variants)
+    grid = [(*each, rate) for each in order for rate in config.rates or rates_of(*each[:2])]
+    for setting, scale, seed, name, rate in grid:
         task = config.tasks[0] if config.tasks[0].endswith(".jsonl") else SETTINGS[setting][0]
         file, held_out = training_files(setting, task, config.held_out, config.runs.parent / "data")
         options, decay = METHODS[name]
@@ -125,7 +141,10 @@ def cells(config: RatesConfig) -> list[Cell]:
 
 
 def score(cell: Cell, directory: Path, config: RatesConfig) -> Record:
-    """Returns each reported question's log p and tokens of the right answer, and the nats of the held-out ones."""
+    """Returns each reported question's log p and tokens of the right answer, and the nats of the held-out ones.
+
+    Of a run that may be stopped early, also those of its validations, by step.
+    """
     base = cell.train.model
     model = load_with_adapter(base.name, directory, base.dtype, base=shared_base(base))
     tokenizer = load_tokenizer(base.name)
@@ -136,6 +155,9 @@ def score(cell: Cell, directory: Path, config: RatesConfig) -> Record:
     log_p, tokens = right_answers(found)
     summary = {name: round(value, 6) for name, value in found.summary().items()}
     summary |= {"held_out_nll": round(chosen.nll_token, 6), "correct_token": bits(found.correct_token)}
+    lines = RunDirectory(directory).metrics()
+    curve = [(line["step"], round(line["validation"]["loss"], 4)) for line in lines if "validation" in line]
+    summary |= {"held_out_curve": curve} if curve else {}
     return summary | {"log_p": np.round(log_p, 3).tolist(), "tokens": tokens.tolist()}
 
 
@@ -148,7 +170,7 @@ def right_answers(found: Evaluation) -> tuple[np.ndarray, np.ndarray]:
 
 def main(config: RatesConfig) -> None:
     if config.smoke:
-        few = {"variants": ("AdamW", "λ = 0.005"), "rates": (1e-3, 2e-3), "scales": (2.0,), "seeds": 2}
+        few = {"variants": ("AdamW", "λ = 0.005", EARLY), "rates": (1e-3, 2e-3), "scales": (2.0,), "seeds": 2}
         with smoke(config, settings=("few",), held_out=4, **few) as small:
             return main(small)
     run_cells("rates", cells(config), config, partial(score, config=config))

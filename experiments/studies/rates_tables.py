@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,9 +16,23 @@ from stable_lora_jax.evaluation import holm
 LEGEND = """\
 *At the best rate*: nats per token of the reported questions minus AdamW's, each at the rate whose held-out nats are
 least over the seeds. ± is half a 95 % interval over seeds and questions together; p values of a column are corrected
-(Holm). *Rates within 0.05*: whose nats are at most 0.05 above the method's own least. Only seeds that all methods and
-rates of a table have are in it.
+(Holm). *Edge*: the best rate is the grid's first or last, so a better one may lie outside. *Rates within 0.05*: whose
+nats are at most 0.05 above the method's own least. Only seeds that all methods and rates of a table have are in it.
 """
+
+
+class Curves(NamedTuple):
+    """What a column of the figure shows.
+
+    Attributes:
+      rates: η.
+      nats: method -> nats per token at each.
+      over_steps: η -> AdamW's steps and held-out nats at them.
+    """
+
+    rates: list[float]
+    nats: dict[str, np.ndarray]
+    over_steps: dict[float, np.ndarray]
 
 
 def method_of(record: Record) -> str:
@@ -77,7 +92,7 @@ def report(results: Path) -> str:
             (
                 name,
                 *(f"{nats:.3f}" for nats in setting.nats(name).mean(1)),
-                f"{rates[best[name]]:g}",
+                f"{rates[best[name]]:g}" + (" (edge)" if best[name] in (0, len(rates) - 1) else ""),
                 *told.get(name, ["-"] * 4),
                 pilot.width(setting, name),
             )
@@ -93,23 +108,33 @@ def report(results: Path) -> str:
         )
         header += ("mean of the rates, minus AdamW", "p", f"rates within {pilot.WIDE}")
         text += f"**{title}**, {len(tokens)} questions, {len(seeds)} seeds\n\n{markdown(header, rows)}\n\n"
-        curves[title] = rates, {name: setting.nats(name).mean(1) for name in methods}
+        over_steps = {
+            rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in seeds], axis=0).T
+            for rate in (rates if pilot.EARLY in methods else ())
+        }
+        curves[title] = Curves(rates, {name: setting.nats(name).mean(1) for name in methods}, over_steps)
     if not text:
         return ""
     draw(results / "rates.png", curves)
-    return f"{text}{LEGEND}\n![nats per token over the learning rate](rates.png)\n"
+    return f"{text}{LEGEND}\n![nats per token over the learning rate, and held-out nats over steps](rates.png)\n"
 
 
-def draw(path: Path, curves: dict[str, tuple[list[float], dict[str, np.ndarray]]]) -> None:
-    """Writes the figure: a panel per table, nats per token over η."""
-    figure = Figure(figsize=(4.4 * len(curves), 4), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False)[0]
-    for ax, (title, (rates, found)) in zip(axes, curves.items(), strict=True):
+def draw(path: Path, curves: dict[str, Curves]) -> None:
+    """Writes the figure: a column per table; above, nats per token over η, below, AdamW's held-out nats over steps."""
+    figure = Figure(figsize=(4.4 * len(curves), 8), layout="constrained")
+    above, below = figure.subplots(2, len(curves), squeeze=False)
+    for ax, under, (title, (rates, found, over_steps)) in zip(above, below, curves.items(), strict=True):
         for name, nats in found.items():
             ax.plot(rates, nats, marker="o", markersize=3.5, label=name)
+        for rate, (steps, nats) in over_steps.items():
+            under.plot(steps, nats, marker="o", markersize=3.5, label=f"η = {rate:g}")
         ax.set(xscale="log", xlabel="peak learning rate η", title=title)
-    axes[0].set_ylabel("nats per token of the right answers")
-    axes[0].legend(fontsize=8)
+        under.set(xlabel="step", title="AdamW while it trains")
+        if over_steps:
+            under.legend(fontsize=8)
+    above[0].set_ylabel("nats per token of the right answers")
+    below[0].set_ylabel("the same of the held-out questions")
+    above[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -20,7 +20,9 @@ from experiments.running.cells import (
     run_cells,
     stable_at,
 )
+from experiments.running.together import train_together
 from stable_lora_jax.finetune import RunConfig
+from stable_lora_jax.training import RunDirectory
 from tests.models import tiny
 
 
@@ -87,6 +89,18 @@ def test_together_is_as_alone_and_a_failure_is_a_line_too(base, tmp_path):
     before = (options.results / "x.jsonl").read_bytes()
     assert run_cells("x", cells, options) == together == read_lines("x", options.results)
     assert (options.results / "x.jsonl").read_bytes() == before
+
+
+def test_what_validates_while_it_trains_is_trained_alone(base, tmp_path):
+    early = [base.with_options(learning_rate=rate, eval_every=2, keep_best=True) for rate in (1e-2, 2e-2)]
+    cells = [Cell(train=train, score_on="holdout") for train in (*early, base, base.with_options(seed=1))]
+    options = options_in(tmp_path, together=4)
+    lines = run_cells("x", cells, options)
+    assert ["together" in line for line in lines] == [False, False, True, True]
+    runs = [RunDirectory(options.runs / "x" / cell.key) for cell in cells[:2]]
+    assert [sum("validation" in line for line in run.metrics()) for run in runs] == [2, 2]
+    with pytest.raises(ValueError, match="not trained together"):
+        train_together(early)
 
 
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, as Ray starts its processes
