@@ -70,10 +70,7 @@ class EvalConfig:
         check_choice("dtype", self.dtype, tuple(DTYPES))
         if self.prompt_format is not None:
             check_choice("prompt_format", self.prompt_format, PROMPT_FORMATS)
-        check_data(self.data)
-        if self.map and not self.data.startswith("hub:"):
-            raise ValueError(f"map={self.map!r} names columns of a data set of the hub. Leave it out for {self.data}.")
-        parse_columns(self.map or "")
+        check_data(self.data, self.map or "", self.source)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} is below 1. Leave it out to score every question.")
 
@@ -131,6 +128,13 @@ def _held_out(config: EvalConfig) -> list[Any]:
         raise ValueError(
             f"split='holdout' is of the run's own data: give --data {trained.data.name}, not {config.data}."
         )
+    for option in ("map", "source"):
+        given, used = getattr(config, option), getattr(trained.data, option)
+        if given not in (None, getattr(EvalConfig, option), used):
+            raise ValueError(
+                f"split='holdout' reads the run's data as the run did, with {option}={used!r}, not {given!r}. Leave "
+                f"--{option} out."
+            )
     if digest(load_training_examples(trained)) != record["examples_sha256"]:
         raise ValueError(
             f"{config.data} is not as it was when {config.adapter} was trained, so that what was kept out cannot be "

@@ -75,13 +75,8 @@ class DataConfig:
     def __post_init__(self):
         check_choice("loss", self.loss, LOSSES)
         check_choice("prompt_format", self.prompt_format, PROMPT_FORMATS)
-        check_data(self.name)
-        if self.source != DataConfig.source and self.name not in TASKS:
-            raise ValueError(f"source={self.source!r} is for tasks ({', '.join(TASKS)}); a file is one. Leave it out.")
+        check_data(self.name, self.map, self.source)
         check_choice("too_long", self.too_long, get_args(TooLong))
-        if self.map and not self.name.startswith("hub:"):
-            raise ValueError(f"map={self.map!r} names columns of a data set of the hub. Leave it out for {self.name}.")
-        parse_columns(self.map)
         if self.validation is not None:
             check_data(self.validation)
 
@@ -382,7 +377,18 @@ def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field}={value!r} is unknown. Known: {', '.join(allowed)}.")
 
 
-def check_data(data: str) -> None:
-    """Raises ValueError, with the known tasks, unless this is one or may be a file or a data set of the hub."""
+def check_data(data: str, columns: str = "", source: str = DataConfig.source) -> None:
+    """Raises ValueError unless `data` may be read, with columns and from a source that it has.
+
+    Args:
+      data: a task, a .jsonl file or hub:OWNER/NAME.
+      columns: --map of a data set of the hub.
+      source: --source of a task.
+    """
     if not data.endswith((".jsonl", ".jsonl.gz")) and not data.startswith("hub:"):
         check_choice("data", data, (*TASKS, "a path that ends in .jsonl or .jsonl.gz", "hub:OWNER/NAME"))
+    if source != DataConfig.source and data not in TASKS:
+        raise ValueError(f"source={source!r} is for tasks ({', '.join(TASKS)}); {data} is none. Leave it out.")
+    if columns and not data.startswith("hub:"):
+        raise ValueError(f"map={columns!r} names columns of a data set of the hub. Leave it out for {data}.")
+    parse_columns(columns)

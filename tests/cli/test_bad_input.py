@@ -265,6 +265,7 @@ def test_records_that_are_none(flags, tmp_path, capsys, record):
     [
         ("eval --data x", "data='x' is unknown"),
         ("eval --split x", "split 'x'"),
+        ("eval --source hub --data x.jsonl", "source='hub' is for tasks"),
         ("eval --split test --data x.jsonl", "split='test' is for tasks; x.jsonl is scored whole"),
         ("eval --dtype x", "dtype='x' is unknown"),
         ("eval --prompt-format x", "prompt_format='x' is unknown. Known: cloze, letter"),

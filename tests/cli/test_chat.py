@@ -158,8 +158,12 @@ def test_columns_of_questions_are_those_that_were_trained_on(model, tmp_path, ca
     (folder / "train.jsonl").write_text("".join(lines))
     hub, columns = f"hub:{folder}", ",".join(f"{field}={column}" for field, column in renamed.items())
     flags = ["train", "--model", model, "--steps", 1, "--batch-size", 4, "--run-dir", tmp_path / "run"]
-    assert code_of([*flags, "--data", hub, "--map", columns]) == 0
+    assert code_of([*flags, "--data", hub, "--map", columns, "--holdout", 4]) == 0
     capsys.readouterr()
+    held_out = ["eval", "--adapter", tmp_path / "run", "--data", hub, "--split", "holdout"]
+    for asked, code in (([], 0), (["--map", columns], 0), (["--map", columns.replace("right", "wrong")], 2)):
+        assert code_of([*held_out, *asked]) == code
+    assert "Leave --map out" in capsys.readouterr().err
     scores = []
     for asked in (
         ["--data", direct],
