@@ -15,7 +15,7 @@ EPOCH = 281  # steps of an epoch of ARC-Easy
 
 
 def verdict(results: Path) -> str:
-    """Returns the verdict in three sentences, from the pilot's runs."""
+    """Returns the verdict in two sentences, from the pilot's runs."""
     settings = {name: pilot.load(results, name) for name in pilot.SETTINGS}
 
     def at_best(setting: str, method: str) -> Estimate:
@@ -30,7 +30,7 @@ def verdict(results: Path) -> str:
     return (
         f"At each method's best of {len(pilot.RATES)} learning rates (420 runs of a 135M model, three settings), λ of "
         f"0.0005 to 0.005 changes the nats per token of the right answers by {span(*_LAMS)} against AdamW, a start of "
-        f"a quarter of the size by {span('A₀ × 1/4')}, and stopping AdamW early by {span(pilot.EARLY)}. Only with "
+        f"a quarter of the size by {span('A₀ × 1/4')}, and stopping AdamW early by {span(pilot.EARLY)}; only with "
         f"fresh data does the shrink gain what a smaller start does not (λ = 0.005: {shrink}; start: {start}). What it "
         f"buys is robustness to a rate that is too high: averaged over the rates, λ = 0.002 is "
         f"{tables.number(few, 3).removeprefix('-')} nats better than AdamW with few data and many passes, and "
