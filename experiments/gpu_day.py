@@ -22,12 +22,10 @@ from experiments.running.cells import Cell, Options, read_lines, run_cells, trai
 from experiments.running.markdown import markdown
 from experiments.running.smoke import smoke
 from experiments.studies import ablation, rates, targets
-from experiments.studies.qa import best_numbers
+from experiments.studies.qa import searched_numbers
 from stable_lora_jax.assets import cache_dir
 from stable_lora_jax.data import TASKS
 from stable_lora_jax.training import METHODS, compilation_cache
-
-SEARCHED = "arc_easy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +50,10 @@ class GpuDayConfig(Options):
 
 def cells(config: GpuDayConfig) -> list[Cell]:
     """Returns the runs on all question sets, each method with the numbers that its search chose."""
-    searched = read_lines("qa_search", config.results)
     found = []
     for task in config.tasks:
         for method in config.methods:
-            of_method = [
-                line["train"]["method"] == method and Path(line["train"]["data"]).stem == SEARCHED for line in searched
-            ]
-            lines = [line for line, chosen in zip(searched, of_method, strict=True) if chosen]
-            numbers = best_numbers(lines) if lines else {}
+            numbers = searched_numbers(method, config.results)
             for seed in range(config.seeds):
                 train = training(config, task, method=method, seed=seed, **numbers)
                 found.append(Cell(train=train, score_on=config.score_on))

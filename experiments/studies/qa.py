@@ -19,6 +19,7 @@ validation or test, and a few of those held out have that of one trained on.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
@@ -73,6 +74,16 @@ def best_numbers(searched: Sequence[Record]) -> dict[str, float]:
         raise ValueError(f"Every cell of the search failed ({'; '.join(sorted(told))}). Search smaller η and s.")
     best = max(whole, key=lambda record: (record["accuracy_token"], -record["nll_token"]))
     return {name: best["train"][name] for name in NUMBERS if name in best["train"]}
+
+
+def searched_numbers(method: str, results: Path, task: str = "arc_easy") -> dict[str, float]:
+    """Returns the numbers that a method's search on a task chose; none where nothing was searched."""
+
+    def of_search(train: Record) -> bool:
+        return train["method"] == method and Path(train["data"]).stem == task
+
+    found = [line for line in read_lines("qa_search", results) if of_search(line["train"])]
+    return best_numbers(found) if found else {}
 
 
 def reported_cells(config: QaConfig, task: str, method: str, numbers: dict[str, float]) -> list[Cell]:

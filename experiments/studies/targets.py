@@ -1,13 +1,16 @@
 """Target modules: does what is adapted change what the shrink does (the paper's table of target modules)?
 
-Question:  AdamW against Stable-LoRA with adapters on q and v, on all of attention, and on the feed-forward part too.
-Command:   python -m experiments.studies.targets       (--help)
+Question:  AdamW against Stable-LoRA with adapters on q and v, on all of attention, and on the feed-forward part too,
+           each at the η, s and λ that its search on ARC-Easy chose with q and v adapted (experiments.studies.qa).
+Command:   python -m experiments.studies.targets    (--seeds 1; --dtype float32 on processors without bfloat16; --help)
 Hardware:  2 CPU cores, 8 GB. Minutes: not measured; 18 cells of 68 steps, a few minutes each.
+Expected:  (2026-11-29) in LOG.md.
 Paper:     3B, its five sets merged: qv 84.13 (AdamW 83.79), qkvo 84.93 (84.54), qkvogud 85.60 (85.31). Here
            each set stands alone.
 """
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import tyro
@@ -16,6 +19,7 @@ from experiments.running import tables
 from experiments.running.cells import Cell, Options, read_lines, run_cells, training
 from experiments.running.markdown import markdown
 from experiments.running.smoke import smoke
+from experiments.studies.qa import searched_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,33 +28,25 @@ class TargetsConfig(Options):
 
     targets: tuple[str, ...] = ("qv", "qkvo", "qkvogud")
     """Modules to adapt."""
-    learning_rate: float = 5e-4
-    """η."""
-    scale: float = 2.0
-    """s."""
-    lam: float = 0.001
-    """λ of Stable-LoRA."""
     seeds: int = 3
     """Seeds 0, 1, ..."""
 
 
 def cells(config: TargetsConfig) -> list[Cell]:
-    numbers = {"learning_rate": config.learning_rate, "alpha": 8 * config.scale, "lam": config.lam}
-    return [
-        Cell(
-            train=training(config, task, method=method, targets=targets, seed=seed, **numbers), score_on=config.score_on
-        )
-        for task in config.tasks
-        for targets in config.targets
-        for method in config.methods
-        for seed in range(config.seeds)
-    ]
+    """Returns the runs, seed by seed, so that a run that is cut has whole tables of the first seed."""
+    found = []
+    for task, seed, targets, method in product(config.tasks, range(config.seeds), config.targets, config.methods):
+        numbers = searched_numbers(method, config.results)
+        train = training(config, task, method=method, targets=targets, seed=seed, **numbers)
+        found.append(Cell(train=train, score_on=config.score_on))
+    return found
 
 
 def report(results: Path) -> str:
     """Returns the tables, one a task and setting."""
     records, text = read_lines("targets", results), ""
-    for each in tables.grouped(records, lambda record: tables.setting(record, *tables.OF_METHODS, "targets")).values():
+    varied = (*tables.OF_METHODS, "targets", "learning_rate", "alpha")
+    for each in tables.grouped(records, lambda record: tables.setting(record, *varied)).values():
         groups = tables.grouped(each, lambda record: (record["train"]["targets"], record["train"]["method"]))
         rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
         text += f"**{tables.task_of(each[0])}**, {each[0]['steps']} steps of {each[0]['train']['batch_size']}\n\n"
@@ -60,7 +56,7 @@ def report(results: Path) -> str:
 
 def main(config: TargetsConfig) -> None:
     if config.smoke:
-        with smoke(config, targets=("qkvogud",), seeds=1, lam=0.1) as small:
+        with smoke(config, targets=("qkvogud",), seeds=1) as small:
             main(small)
         return
     run_cells("targets", cells(config), config)
