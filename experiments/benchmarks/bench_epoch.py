@@ -1,0 +1,108 @@
+"""Benchmark: a whole run of one epoch, from its configuration to its adapter, packed and padded, in turns.
+
+Question:  SmolLM2-135M, LoRA r = 8 on q and v, one epoch of ARC-Easy, 8 questions a step, float32: how many seconds
+           does the run take with all its compilation, where rows hold several examples, and where they are padded?
+Command:   python -m experiments.benchmarks.bench_epoch
+Hardware:  2 CPU cores with nothing else running. Minutes: 30 a turn on the slowest cores so far.
+Expected:  (2026-11-29) packed takes 0.75 of the padded run's seconds on cores of 54 GFLOP/s, where a step takes 2.4
+           seconds; the faster the machine, the more of the padded run is compilation.
+
+A run is `stable_lora_jax.finetune` in a process of its own, without the persistent compilation cache that commands
+have: what is measured is a first run.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments.benchmarks.in_turns import measured_by, write
+from experiments.running.markdown import markdown
+from experiments.running.provenance import versions
+
+CONTENDERS = ("packed", "padded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time whole runs in turns, and write a JSON file."""
+
+    out: Path = Path("experiments/results/bench_epoch.json")
+    """The file to write."""
+    data: str = "arc_easy"
+    """A question set."""
+    model: str = "smollm2-135m"
+    """Base model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    rounds: int = 1
+    """Turns of each contender."""
+    worker: Literal["", "packed", "padded"] = ""
+    """Internal: time one contender in this process and print a line of JSON."""
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Returns the seconds of one run, its steps and the seconds that JAX spent in compiling."""
+    import jax
+
+    from stable_lora_jax.finetune import RunConfig, finetune
+
+    compiled: list[float] = []
+
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"model": config.model, "data": config.data, "dtype": config.dtype, "loss": "answer"}
+        options |= {"epochs": config.epochs, "pack": config.worker == "packed", "run_dir": Path(folder, "run")}
+        start = time.perf_counter()
+        done = finetune(RunConfig.of(**options))
+        seconds = time.perf_counter() - start
+    found = {"seconds": seconds, "steps": done.steps, "compile_seconds": sum(compiled)}
+    return found | {"versions": versions("jax", "flax", "optax")}
+
+
+def main(config: BenchConfig) -> None:
+    if config.worker:
+        print(json.dumps(run(config)))
+        return
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    how = {"data": config.data, "dtype": config.dtype, "epochs": config.epochs, "rounds": config.rounds}
+    for number in range(config.rounds):
+        for name in CONTENDERS:
+            options = ["--worker", name, "--data", config.data, "--model", config.model]
+            options += ["--dtype", config.dtype, "--epochs", str(config.epochs)]
+            turns[name].append(measured_by("experiments.benchmarks.bench_epoch", options))
+            print(f"round {number + 1} {name}: {turns[name][-1]}", flush=True)
+    found = {name: summary(each) for name, each in turns.items()}
+    print(table(write(config.out, "python -m experiments.benchmarks.bench_epoch", **how, **found)))
+
+
+def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the medians of all turns."""
+    medians = {key: statistics.median(each[key] for each in turns) for key in ("seconds", "compile_seconds")}
+    return medians | {key: turns[0][key] for key in ("steps", "versions")}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns a Markdown table of the seconds of a run."""
+    slowest = result["padded"]["seconds"]
+    rows = []
+    for name in CONTENDERS:
+        each = result[name]
+        told = f"{each['seconds']:.0f}", f"{each['seconds'] / slowest:.2f}", f"{each['compile_seconds']:.0f}"
+        rows.append([name, each["steps"], *told])
+    return markdown(("rows", "steps", "seconds of the run", "of the padded run", "of them compilation, s"), rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig))
