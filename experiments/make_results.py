@@ -13,6 +13,7 @@ import tyro
 
 from experiments import demo, findings, gpu_day
 from experiments.benchmarks import (
+    bench_epoch,
     bench_optimizers,
     bench_packing,
     bench_sweep,
@@ -58,6 +59,7 @@ TABLES = {
     "demo": (demo.table, "demo.json"),
     "bench_train": (bench_train.table, "bench_train.json"),
     "bench_packing": (bench_packing.table, "bench_packing.json"),
+    "bench_epoch": (bench_epoch.table, "bench_epoch.json"),
     "bench_optimizers": (bench_optimizers.short_table, "bench_optimizers.json"),
 }
 DOCUMENTS = (Path("README.md"), Path("docs/findings.md"), Path("docs/cost.md"))
