@@ -2,7 +2,8 @@
 
 Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW, 8 examples a step, float32: how many tokens that are not padding
            does a step learn from in a second, where rows hold several examples, and where they are padded?
-Command:   python -m experiments.benchmarks.bench_packing --torch-python PATH  (--data FILE for text besides ARC-Easy)
+Command:   python -m experiments.benchmarks.bench_packing --torch-python PATH  (--data FILE for text besides ARC-Easy;
+           GSM8K's is the file of solutions that experiments.studies.cot writes into runs/data)
 Hardware:  2 CPU cores with nothing else running. Minutes: 15 for ARC-Easy with --steps 8; 30 for GSM8K
            with --steps 3 --rounds 2.
 Expected:  (2026-11-29) packed, ours learns 1.2 times as fast as padded (0.94 / 0.80 of the tokens are real), and both

@@ -6,8 +6,7 @@ Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW + the shrink, batch 8, row
 Command:   make bench        (or python -m experiments.benchmarks.bench_train --torch-python PATH; without it, no PEFT)
 Hardware:  2 CPU cores with nothing else running. Minutes: about 20.
 Observed:  no slower than the bare step (+- 5 %). On an EPYC in float32 it is 1.04 and 1.12 times as fast as the faster
-           peer, and a trace has 3.6 of 4.1 seconds in frozen products, the widest of them at 62 of the cores' 64
-           GFLOP/s: there is little left to take away.
+           peer, and takes 1.27 and 1.26 times the matrix products' floor.
 
 Every contender runs in a process of its own; rounds alternate between them, so that a drifting machine hits all alike.
 The floor is 4 FLOPs per frozen weight and token (forward, and backward to the activations; no weight gradients) over

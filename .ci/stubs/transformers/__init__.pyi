@@ -1,4 +1,4 @@
-"""What we import from transformers: its own __init__ imports all models, a third of what pyright would do."""
+"""What we import from transformers: its own __init__ imports all models, and pyright would parse them."""
 
 from transformers.models.auto.configuration_auto import AutoConfig as AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM as AutoModelForCausalLM
