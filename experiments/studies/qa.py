@@ -76,11 +76,11 @@ def best_numbers(searched: Sequence[Record]) -> dict[str, float]:
     return {name: best["train"][name] for name in NUMBERS if name in best["train"]}
 
 
-def searched_numbers(method: str, results: Path, task: str = "arc_easy") -> dict[str, float]:
-    """Returns the numbers that a method's search on a task chose; none where nothing was searched."""
+def searched_numbers(method: str, results: Path) -> dict[str, float]:
+    """Returns the numbers that a method's search on ARC-Easy chose; none where nothing was searched."""
 
     def of_search(train: Record) -> bool:
-        return train["method"] == method and Path(train["data"]).stem == task
+        return train["method"] == method and Path(train["data"]).stem == "arc_easy"
 
     found = [line for line in read_lines("qa_search", results) if of_search(line["train"])]
     return best_numbers(found) if found else {}

@@ -36,10 +36,9 @@ class TargetsConfig(Options):
 
 def cells(config: TargetsConfig) -> list[Cell]:
     """Returns the runs, seed by seed, so that a run that is cut has whole tables of the first seed."""
-    found = []
+    found, numbers = [], {method: searched_numbers(method, config.results) for method in config.methods}
     for task, seed, targets, method in product(config.tasks, range(config.seeds), config.targets, config.methods):
-        numbers = searched_numbers(method, config.results)
-        train = training(config, task, method=method, targets=targets, seed=seed, **numbers)
+        train = training(config, task, method=method, targets=targets, seed=seed, **numbers[method])
         found.append(Cell(train=train, score_on=config.score_on))
     return found
 
