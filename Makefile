@@ -9,6 +9,8 @@ DOCS := .venv-docs
 OUT := runs/demo
 # Modules are compiled to bytecode when they are first imported: of most that are installed, none ever is.
 PIP_INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt --editable
+# And what is compiled is kept, whatever the shell says: without it imports are a third of make check.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: environments demo check fast-tests test test-tunix test-tpu test-gpu-compile lint docs docs-serve
 .PHONY: bench bench-gpu bench-optimizers bench-sweep quantize plan results clean

@@ -57,7 +57,7 @@ MARKS = {
         *("lora/test_injection", "lora/test_dora", "lora/test_whole_modules", "lora/test_vocabulary"),
         *("lora/test_some_layers", "lora/test_adapter_file", "models/test_decoder", "models/test_parity"),
         *("models/test_generation", "models/test_attention", "models/test_chunked_head", "models/test_loading_on_mesh"),
-        "models/test_splash",
+        *("models/test_splash", "models/test_gguf_adapter"),
         *("models/test_published_configs", "data/test_batches", "finetune", "test_fuzzing", "cli/test_chat"),
         *("optim/test_conformance", "optim/test_wrappers", "optim/test_golden", "optim/test_layouts"),
         *("optim/test_stable_lora", "optim/test_baselines", "cli/test_bad_input", "cli/test_cli", "cli/test_watch"),
