@@ -109,14 +109,16 @@ def over_rates(setting: Setting, method: str) -> Summed:
 def compared(setting: Setting, of: Callable[[Setting, str], Summed], method: str) -> tuple[Estimate, float]:
     """Returns nats per token minus AdamW's, with a 95 % interval over seeds and questions, and its p value.
 
-    Both sources of error are added: the seeds' by their spread, the questions' by that of a ratio of sums.
+    Both sources of error are added: the seeds' by their spread, the questions' by that of a ratio of sums. One seed has
+    no spread: then they are over the questions alone.
     """
     difference, tokens = of(setting, "AdamW") - of(setting, method), setting.tokens
     by_seed = difference.sum(1) / tokens.sum()
     value, by_question = float(by_seed.mean()), difference.mean(0)
     residual = by_question - value * tokens
     questions = len(tokens) * residual.var(ddof=1) / tokens.sum() ** 2
-    error = math.sqrt(float(questions + by_seed.var(ddof=1) / len(by_seed)))
+    seeds = by_seed.var(ddof=1) / len(by_seed) if len(by_seed) > 1 else 0.0
+    error = math.sqrt(float(questions + seeds))
     if error == 0:
         return Estimate(value, value, value), math.nan
     margin = float(stats.norm.ppf(0.975)) * error

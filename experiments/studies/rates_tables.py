@@ -1,8 +1,9 @@
 """The tables of experiments.studies.rates: curves over the rates, and differences at each method's best one."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,8 +18,12 @@ LEGEND = """\
 *At the best rate*: nats per token of the reported questions minus AdamW's, each at the rate whose held-out nats are
 least over the seeds. ± is half a 95 % interval over seeds and questions together; p values of a column are corrected
 (Holm). *Edge*: the best rate is the grid's first or last, so a better one may lie outside. *Rates within 0.05*: whose
-nats are at most 0.05 above the method's own least. Only seeds that all methods and rates of a table have are in it.
+nats are at most 0.05 above the method's own least. Only seeds that all methods and rates of a table have are in it. Of
+one seed, ± is over the questions alone. *Beside the pilot*: both minus AdamW's at the same rate, not corrected.
 """
+# Settings of the pilot, by the names that they have here; its s is 16.
+PILOT = {"few": "few", "passes": "arc3", "fresh": "fresh"}
+CellKey: TypeAlias = tuple[str, float, int]  # method, rate, seed
 
 
 class Curves(NamedTuple):
@@ -45,78 +50,109 @@ def method_of(record: Record) -> str:
     if train.get("eval_every"):
         return pilot.EARLY
     if train["a_scale"] != 1:
-        return f"A₀ × {train['a_scale']:g}"
+        return f"A₀ × 1/{1 / train['a_scale']:g}"
     if train.get("decay_only_a"):
         return f"decay on A, {train['weight_decay'] * train['learning_rate']:g} per step"
     return "AdamW"
 
 
 def report(results: Path) -> str:
-    """Returns the tables, one per setting and scale, and draws the figure."""
+    """Returns the tables, one or two per setting and scale, and draws the figure."""
     groups = tables.grouped(
         read_lines("rates", results), lambda r: (Path(r["train"]["data"]).stem, r["train"]["alpha"])
     )
     text, curves = "", {}
     for (data, alpha), lines in groups.items():
-        rates = sorted({line["train"]["learning_rate"] for line in lines})
+        name, scale = data.partition("-")[0], alpha / lines[0]["train"]["rank"]
+        title = f"{name}, s = {scale:g}"
         by_cell = {(method_of(x), x["train"]["learning_rate"], x["train"]["seed"]): x for x in lines}
-        methods = list(dict.fromkeys(method_of(line) for line in lines))
-        methods = [name for name in methods if _whole(by_cell, name, rates, range(1))]
-        seeds = [s for s in sorted({key[2] for key in by_cell}) if all(_whole(by_cell, m, rates, [s]) for m in methods)]
-        if "AdamW" not in methods:
-            continue
-
-        def grid(
-            name: str, field: str, rates: list = rates, seeds: list = seeds, by_cell: dict = by_cell
-        ) -> np.ndarray:
-            return np.array([[by_cell[name, rate, seed][field] for seed in seeds] for rate in rates], float)
-
-        tokens = np.array(by_cell[methods[0], rates[0], seeds[0]]["tokens"], float)
-        setting = pilot.Setting({name: grid(name, "log_p") for name in methods}, tokens, {})
-        best = {name: int(grid(name, "held_out_nll").mean(1).argmin()) for name in methods}
-
-        def at_best(setting: pilot.Setting, name: str, best: dict = best) -> np.ndarray:
-            return setting.log_p[name][best[name]]
-
-        others = [name for name in methods if name != "AdamW"]
-        differing = {of: [pilot.compared(setting, of, name) for name in others] for of in (at_best, pilot.over_rates)}
-        told = {
-            name: [
-                cell
-                for found in differing.values()
-                for cell in (pilot.told(found[i][0]), pilot.p_text(holm([p for _, p in found])[i]))
-            ]
-            for i, name in enumerate(others)
-        }
-        rows = [
-            (
-                name,
-                *(f"{nats:.3f}" for nats in setting.nats(name).mean(1)),
-                f"{rates[best[name]]:g}" + (" (edge)" if best[name] in (0, len(rates) - 1) else ""),
-                *told.get(name, ["-"] * 4),
-                pilot.width(setting, name),
-            )
-            for name in methods
-        ]
-        title = f"{data.partition('-')[0]}, s = {alpha / lines[0]['train']['rank']:g}"
-        header = (
-            "nats per token",
-            *(f"η = {rate:g}" for rate in rates),
-            "chosen η",
-            "at the best rate, minus AdamW",
-            "p",
-        )
-        header += ("mean of the rates, minus AdamW", "p", f"rates within {pilot.WIDE}")
-        text += f"**{title}**, {len(tokens)} questions, {len(seeds)} seeds\n\n{markdown(header, rows)}\n\n"
-        over_steps = {
-            rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in seeds], axis=0).T
-            for rate in (rates if pilot.EARLY in methods else ())
-        }
-        curves[title] = Curves(rates, {name: setting.nats(name).mean(1) for name in methods}, over_steps)
-    if not text:
-        return ""
+        if name in PILOT and scale == 16:
+            text += beside_pilot(title, by_cell, pilot.load(Path(__file__).parent.parent / "results", PILOT[name]))
+        table, shown = over_rates(title, by_cell)
+        text += table
+        curves |= {title: shown} if shown else {}
+    if not curves:
+        return text + (LEGEND if text else "")
     draw(results / "rates.png", curves)
     return f"{text}{LEGEND}\n![nats per token over the learning rate, and held-out nats over steps](rates.png)\n"
+
+
+def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
+    """Returns the table of the methods that have every rate, and what the figure shows; nothing of a single rate."""
+    rates = sorted({rate for _, rate, _ in by_cell})
+    methods = [name for name in dict.fromkeys(key[0] for key in by_cell) if _whole(by_cell, name, rates, range(1))]
+    seeds = [s for s in sorted({key[2] for key in by_cell}) if all(_whole(by_cell, m, rates, [s]) for m in methods)]
+    if "AdamW" not in methods or len(rates) < 2:
+        return "", None
+
+    def grid(name: str, field: str) -> np.ndarray:
+        return np.array([[by_cell[name, rate, seed][field] for seed in seeds] for rate in rates], float)
+
+    tokens = np.array(by_cell[methods[0], rates[0], seeds[0]]["tokens"], float)
+    setting = pilot.Setting({name: grid(name, "log_p") for name in methods}, tokens, {})
+    best = {name: int(grid(name, "held_out_nll").mean(1).argmin()) for name in methods}
+
+    def at_best(setting: pilot.Setting, name: str) -> np.ndarray:
+        return setting.log_p[name][best[name]]
+
+    others = [name for name in methods if name != "AdamW"]
+    differing = [[pilot.compared(setting, of, name) for name in others] for of in (at_best, pilot.over_rates)]
+    told = {
+        name: [
+            cell
+            for found in differing
+            for cell in (pilot.told(found[i][0]), pilot.p_text(holm([p for _, p in found])[i]))
+        ]
+        for i, name in enumerate(others)
+    }
+    nats = {name: setting.nats(name).mean(1) for name in methods}
+    rows = [
+        (
+            name,
+            *(f"{value:.3f}" for value in nats[name]),
+            f"{rates[best[name]]:g}" + (" (edge)" if best[name] in (0, len(rates) - 1) else ""),
+            *told.get(name, ["-"] * 4),
+            pilot.width(setting, name),
+        )
+        for name in methods
+    ]
+    header = ("nats per token", *(f"η = {rate:g}" for rate in rates), "chosen η", "at the best rate, minus AdamW", "p")
+    header += ("mean of the rates, minus AdamW", "p", f"rates within {pilot.WIDE}")
+    over_steps = {
+        rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in seeds], axis=0).T
+        for rate in (rates if pilot.EARLY in methods else ())
+    }
+    text = f"**{title}**, {len(tokens)} questions, {_seeds(len(seeds))}\n\n{markdown(header, rows)}\n\n"
+    return text, Curves(rates, nats, over_steps)
+
+
+def beside_pilot(title: str, by_cell: Mapping[CellKey, Record], theirs: pilot.Setting) -> str:
+    """Returns a table of what was measured here at the pilot's rates next to its own numbers; nothing if nothing was.
+
+    Args:
+      title: of the table.
+      by_cell: (method, rate, seed) -> line.
+      theirs: the pilot's setting.
+    """
+    rows, counts = [], set()
+    for (index, rate), method in itertools.product(enumerate(pilot.RATES), pilot.METHODS):
+        seeds = [seed for m, r, seed in by_cell if (m, r) == (method, rate) and ("AdamW", rate, seed) in by_cell]
+        if not seeds:
+            continue
+        lines = {name: [by_cell[name, rate, seed] for seed in seeds] for name in ("AdamW", method)}
+        tokens = np.array(lines[method][0]["tokens"], float)
+        ours = {name: np.array([[line["log_p"] for line in each]], float) for name, each in lines.items()}
+        both = [pilot.Setting({name: theirs.log_p[name][[index]] for name in ours}, theirs.tokens, {})]
+        both.append(pilot.Setting(ours, tokens, {}))
+        row = [f"{rate:g}", method, *(f"{setting.nats(method).mean():.3f}" for setting in both)]
+        at_the_rate = [pilot.told(pilot.compared(setting, pilot.over_rates, method)[0]) for setting in both]
+        rows.append(row + (["-", "-"] if method == "AdamW" else at_the_rate))
+        counts.add(len(seeds))
+    if not rows:
+        return ""
+    header = ("η", "method", "nats, pilot", "nats, here", "minus AdamW, pilot", "minus AdamW, here")
+    title = f"**{title}, beside the pilot**, {len(theirs.tokens)} questions, {_seeds(*counts)} here"
+    return f"{title}\n\n{markdown(header, rows)}\n\n"
 
 
 def draw(path: Path, curves: dict[str, Curves]) -> None:
@@ -138,5 +174,11 @@ def draw(path: Path, curves: dict[str, Curves]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _whole(by_cell: dict, method: str, rates: list[float], seeds: Iterable[int]) -> bool:
+def _whole(by_cell: Mapping[CellKey, Record], method: str, rates: list[float], seeds: Iterable[int]) -> bool:
     return all((method, rate, seed) in by_cell for rate in rates for seed in seeds)
+
+
+def _seeds(*counts: int) -> str:
+    """Returns "1 seed", or "2 seeds", or "1 to 3 seeds"."""
+    told = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return f"{told} seed" if told == "1" else f"{told} seeds"

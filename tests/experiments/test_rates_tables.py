@@ -1,0 +1,69 @@
+"""The tables of the rates study, given the pilot's own runs: both say the same of them."""
+
+import re
+
+import pytest
+
+from experiments.studies import pilot, rates_tables
+from tests.experiments.test_pilot import RESULTS
+
+METHODS = ("AdamW", "λ = 0.002", "A₀ × 1/4")
+
+
+@pytest.fixture(scope="module")
+def few():
+    return pilot.load(RESULTS, "few")
+
+
+def lines_of(setting, rates, seeds):
+    nats = {method: setting.nats(method) for method in METHODS}
+    return {
+        (method, pilot.RATES[i], seed): {
+            "log_p": setting.log_p[method][i, seed],
+            "tokens": setting.tokens,
+            "held_out_nll": nats[method][i, seed],
+        }
+        for method in METHODS
+        for i in rates
+        for seed in seeds
+    }
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("| ").split("|")]
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [cells(row) for row in text.splitlines() if row.startswith("| ")][2:]
+
+
+def test_the_same_runs_are_the_same_on_both_sides(few):
+    text = rates_tables.beside_pilot("few", lines_of(few, (0, 2), range(3)), few)
+    assert "2376 questions, 3 seeds here" in text
+    rows = rows_of(text)
+    assert [row[:2] for row in rows] == [[rate, name] for rate in ("6.25e-05", "0.00025") for name in METHODS]
+    assert all(row[2] == row[3] and row[4] == row[5] for row in rows)
+    assert rows[4][2] == "2.790"
+    assert re.fullmatch(r"-0\.42\d ± 0\.0\d\d", rows[4][4])
+
+
+def test_of_one_seed_the_interval_is_over_questions(few):
+    text = rates_tables.beside_pilot("few", lines_of(few, (2,), (1,)), few)
+    assert "1 seed here" in text
+    _, shrunk, _ = rows_of(text)
+    here, there = (float(shrunk[column].split("± ")[1]) for column in (5, 4))
+    assert 0 < here < 2 * there
+
+
+def test_methods_without_every_rate_are_left_out(few):
+    lines = lines_of(few, (0, 1), range(3)) | lines_of(few, (2,), range(3))
+    del lines["A₀ × 1/4", pilot.RATES[2], 0]
+    text, curves = rates_tables.over_rates("few", lines)
+    assert list(curves.nats) == ["AdamW", "λ = 0.002"]
+    adamw, shrunk = rows_of(text)
+    assert adamw[1:5] == ["2.502", "2.736", "3.217", "6.25e-05 (edge)"]
+    assert shrunk[1:5] == ["2.529", "2.552", "2.790", "6.25e-05 (edge)"]
+
+
+def test_nothing_is_told_of_a_single_rate(few):
+    assert rates_tables.over_rates("few", lines_of(few, (2,), range(3))) == ("", None)
