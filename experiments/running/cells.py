@@ -14,7 +14,7 @@ results`).
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -241,6 +241,20 @@ def as_written(line: Record) -> Record:
 def finished(name: str, results: Path) -> dict[str, Record]:
     """Returns key -> line. Keys are made anew, as lines may be older than an option."""
     return {cell_of(line).key: line for line in read_lines(name, results)}
+
+
+def lines_sharing(file: Path, same: Mapping[str, Any]) -> list[Record]:
+    """Returns the lines of a file in which all have these values.
+
+    Raises:
+      ValueError: some have others, so that what would be added could not stand in a table with them.
+    """
+    lines = read_metrics(file)
+    for line in lines:
+        if other := {name: line.get(name) for name, value in same.items() if line.get(name) != value}:
+            wanted = {name: same[name] for name in other}
+            raise ValueError(f"{file} holds lines with {other} instead of {wanted}. Give another folder: --results.")
+    return lines
 
 
 def append(file: Path, record: Record) -> None:

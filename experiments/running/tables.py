@@ -98,6 +98,12 @@ def number(estimate: Estimate, digits: int) -> str:
     return f"{estimate.value:.{digits}f} " + (f"± {margin:.{digits}f}" if math.isfinite(margin) else "(one seed)")
 
 
+def seeds_text(*counts: int) -> str:
+    """Returns "1 seed", "2 seeds", or "1 to 3 seeds" of rows with different numbers of them."""
+    told = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return f"{told} seed" if told == "1" else f"{told} seeds"
+
+
 def of_seeds(records: Sequence[Record], field: str) -> Estimate:
     """Returns mean and 95 % interval over the seeds; NaN where it was not measured."""
     return mean_interval([record.get(field, math.nan) for record in by_seed(records).values()])

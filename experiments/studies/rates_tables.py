@@ -122,7 +122,7 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
         rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in seeds], axis=0).T
         for rate in (rates if pilot.EARLY in methods else ())
     }
-    text = f"**{title}**, {len(tokens)} questions, {_seeds(len(seeds))}\n\n{markdown(header, rows)}\n\n"
+    text = f"**{title}**, {len(tokens)} questions, {tables.seeds_text(len(seeds))}\n\n{markdown(header, rows)}\n\n"
     return text, Curves(rates, nats, over_steps)
 
 
@@ -151,7 +151,7 @@ def beside_pilot(title: str, by_cell: Mapping[CellKey, Record], theirs: pilot.Se
     if not rows:
         return ""
     header = ("η", "method", "nats, pilot", "nats, here", "minus AdamW, pilot", "minus AdamW, here")
-    title = f"**{title}, beside the pilot**, {len(theirs.tokens)} questions, {_seeds(*counts)} here"
+    title = f"**{title}, beside the pilot**, {len(theirs.tokens)} questions, {tables.seeds_text(*counts)} here"
     return f"{title}\n\n{markdown(header, rows)}\n\n"
 
 
@@ -176,9 +176,3 @@ def draw(path: Path, curves: dict[str, Curves]) -> None:
 
 def _whole(by_cell: Mapping[CellKey, Record], method: str, rates: list[float], seeds: Iterable[int]) -> bool:
     return all((method, rate, seed) in by_cell for rate in rates for seed in seeds)
-
-
-def _seeds(*counts: int) -> str:
-    """Returns "1 seed", or "2 seeds", or "1 to 3 seeds"."""
-    told = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-    return f"{told} seed" if told == "1" else f"{told} seeds"

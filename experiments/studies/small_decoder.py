@@ -33,14 +33,13 @@ import tyro
 from flax import nnx
 from jax import Array
 
-from experiments.running.cells import append
+from experiments.running.cells import append, lines_sharing
 from experiments.running.provenance import provenance
 from experiments.studies.small_decoder_tables import report
 from stable_lora_jax import stable_lora_shrink
 from stable_lora_jax.data import load_task
 from stable_lora_jax.lora import inject_lora
 from stable_lora_jax.models import Decoder, DecoderConfig
-from stable_lora_jax.training import read_metrics
 
 RANK, WINDOW, BATCH, FEW, HELD_OUT = 8, 64, 8, 256, 64
 MODULES = ("q_proj", "v_proj")
@@ -240,10 +239,11 @@ def main(config: SmallDecoderConfig) -> None:
             small = {"results": Path(folder), "settings": ("few",), "scales": (2.0,), "rates": (1e-3,), "seeds": 2}
             chosen = ("AdamW", "λ = 0.02", "rule: drift")
             return main(replace(config, **small, variants=chosen, steps=10, pretraining=2, smoke=False))
-    base, file = pretrained(config.pretraining), config.results / "small_decoder.jsonl"
-    known = {
-        (line["setting"], line["scale"], line["way"], rate) for line in read_metrics(file) for rate in line["rates"]
-    }
+    file, same = config.results / "small_decoder.jsonl", {"steps": config.steps, "pretraining": config.pretraining}
+    same |= {"seeds": config.seeds}
+    lines = lines_sharing(file, same)
+    known = {(line["setting"], line["scale"], line["way"], rate) for line in lines for rate in line["rates"]}
+    base = pretrained(config.pretraining)
     for setting in config.settings:
         for scale in config.scales:
             compiled: dict[str, Any] = {}
@@ -258,7 +258,7 @@ def main(config: SmallDecoderConfig) -> None:
                 found = np.round(np.asarray(compiled[way.rule](*numbers), float), 5).tolist()
                 told = {"setting": setting, "scale": scale, "way": name, "rates": rates, "nats": found}
                 seconds = round(time.perf_counter() - begun, 1)
-                append(file, told | {"steps": config.steps, "seconds": seconds} | provenance())
+                append(file, told | same | {"seconds": seconds} | provenance())
                 print(setting, scale, name, f"{seconds} s", flush=True)
     print(report(config.results))
 

@@ -47,9 +47,8 @@ def report(results: Path) -> str:
             compared = [cell for column in columns for cell in column.get(name, ("-", "-"))]
             rows.append([name, f"{rates[best[name]]:g}", f"{at_best[name].mean():.4f}", *compared, wide])
         header = ("way", "chosen η", "nats per byte", "minus AdamW", "p", "mean of rates minus AdamW", "p", "wide")
-        text += (
-            f"**{title}**, {group[0]['steps']} steps, {found['AdamW'].shape[1]} seeds\n\n{markdown(header, rows)}\n\n"
-        )
+        runs = f"{group[0]['steps']} steps, {tables.seeds_text(found['AdamW'].shape[1])}"
+        text += f"**{title}**, {runs}\n\n{markdown(header, rows)}\n\n"
         valleys[title] = rates, {name: nats[:, :, -1].mean((1, 2)) for name, nats in found.items()}
     if not text:
         return ""

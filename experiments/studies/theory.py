@@ -23,11 +23,10 @@ import numpy as np
 from jax import Array
 
 from experiments.running import tables
-from experiments.running.cells import append
+from experiments.running.cells import append, lines_sharing
 from experiments.running.markdown import markdown
 from experiments.running.provenance import provenance
 from stable_lora_jax.evaluation import mean_interval
-from stable_lora_jax.training import read_metrics
 
 NAMES = ("A Z", "B", "δ₁", "δ₂", "δ₃", "ΔY")
 RANK = 8
@@ -88,10 +87,7 @@ def measure_missing(
     Raises:
       ValueError: the file has lines in which they are other ones.
     """
-    lines = read_metrics(file)
-    if any(line[name] != value for line in lines for name, value in same.items()):
-        raise ValueError(f"{file} holds lines of other settings than {same}. Give another folder: --results.")
-    made_by, done = provenance(), {tuple(line[name] for name in names) for line in lines}
+    made_by, done = provenance(), {tuple(line[name] for name in names) for line in lines_sharing(file, same)}
     for what, keys in wanted:
         if not done.issuperset(keys):
             for line in measure(what):
