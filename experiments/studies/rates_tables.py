@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -58,13 +58,15 @@ def method_of(record: Record) -> str:
 
 def report(results: Path) -> str:
     """Returns the tables, one or two per setting and scale, and draws the figure."""
-    groups = tables.grouped(
-        read_lines("rates", results), lambda r: (Path(r["train"]["data"]).stem, r["train"]["alpha"])
-    )
+
+    def of_table(record: Record) -> tuple[Any, ...]:
+        names = ("alpha", "rank", "steps", "dtype", "model")
+        return Path(record["train"]["data"]).stem, *(record["train"][name] for name in names)
+
     text, curves = "", {}
-    for (data, alpha), lines in groups.items():
-        name, scale = data.partition("-")[0], alpha / lines[0]["train"]["rank"]
-        title = f"{name}, s = {scale:g}"
+    for (data, alpha, rank, steps, dtype, _), lines in tables.grouped(read_lines("rates", results), of_table).items():
+        name, scale = data.partition("-")[0], alpha / rank
+        title = f"{name}, s = {scale:g}, {steps} steps in {dtype}"
         by_cell = {(method_of(x), x["train"]["learning_rate"], x["train"]["seed"]): x for x in lines}
         if name in PILOT and scale == 16:
             text += beside_pilot(title, by_cell, pilot.load(Path(__file__).parent.parent / "results", PILOT[name]))
