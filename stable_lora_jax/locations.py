@@ -27,8 +27,9 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")
 def is_url(path: str | os.PathLike[str] | None) -> bool:
     """Returns whether this is a URL, or the Path that was made of one.
 
-    >>> is_url(Path("gs://bucket/run")), is_url("runs/demo")
-    (True, False)
+    Examples:
+      >>> is_url(Path("gs://bucket/run")), is_url("runs/demo")
+      (True, False)
     """
     return path is not None and _URL.match(os.fspath(path)) is not None
 

@@ -47,7 +47,7 @@ def save_figures(runs: Sequence[Path], out: Path | None = None, file_format: str
 
 
 def plot_norms(run: Path) -> Figure:
-    """Returns ‖A‖, ‖B‖ and gap over the steps: a column a module, a line a layer, a dot where the layer stopped.
+    """Returns ‖A‖, ‖B‖ and gap over the steps: a column per module, a line per layer, a dot where the layer stopped.
 
     Args:
       run: a run directory.
@@ -73,7 +73,7 @@ def plot_norms(run: Path) -> Figure:
                 ax.set_ylabel(label)
         axes[0, column].set_title(_title(pair))
     dots = ", dots: the layer's shrink stopped" if any(stops.values()) else ""
-    figure.suptitle(f"{run.name}: one line a layer (dark: first){dots}")
+    figure.suptitle(f"{run.name}: one line per layer (dark: first){dots}")
     return figure
 
 

@@ -1,6 +1,8 @@
 """Imports point one way; read from the syntax trees, so imports inside functions count too."""
 
 import ast
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +31,22 @@ ALLOWED = {
 
 
 def imports(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields (module, names taken from it) of every import in a file."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    """Yields (module, names taken from it) of every import in a file or a notebook's cells."""
+    for node in ast.walk(ast.parse(source_of(file))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             yield node.module or "", [alias.name for alias in node.names]
+
+
+def source_of(file: Path) -> str:
+    """Returns a file's Python; of a notebook, its cells without the lines that are commands of Jupyter."""
+    if file.suffix != ".ipynb":
+        return file.read_text()
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    lines = [line for cell in cells for line in ["", *"".join(cell["source"]).splitlines()]]
+    return "\n".join(line for line in lines if not line.startswith(("%", "!")))
 
 
 def files(folder: str) -> list[Path]:
@@ -70,7 +81,9 @@ def test_every_part_has_its_contract() -> None:
 
 
 def test_what_only_its_entry_point_may_import() -> None:
-    for file in [*files("experiments"), *files("notebooks")]:
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert notebooks
+    for file in [*files("experiments"), *notebooks]:
         for module, _ in imports(file):
             assert not module.startswith((f"{PACKAGE}.cli", "tests")), f"{file.relative_to(ROOT)} imports {module}"
 
@@ -109,6 +122,22 @@ def test_no_circle(folder: str) -> None:
 
     for name in modules:
         visit(name, ())
+
+
+def test_docstrings_have_one_form() -> None:
+    """Google's, in the order of the table, by two spaces; and examples under their heading."""
+    order = ["Args", "Attributes", "Returns", "Yields", "Raises", "Examples", "References"]
+    headings = re.compile(rf"^({'|'.join(order)}):$", re.MULTILINE)
+    for file in files(PACKAGE):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or not (text := ast.get_docstring(node)):
+                continue
+            where = f"{file.relative_to(ROOT)}:{node.lineno}"
+            found = headings.findall(text)
+            assert found == sorted(found, key=order.index), f"{where}: {found}"
+            assert ">>>" not in text or "Examples" in found, where
+            indents = re.findall(rf"^(?:{'|'.join(order)}):\n( *)", text, re.MULTILINE)
+            assert set(indents) <= {"  "}, where
 
 
 def test_no_file_is_a_house_of_its_own() -> None:

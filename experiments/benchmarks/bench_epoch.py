@@ -1,6 +1,6 @@
 """Benchmark: a whole run of one epoch, from its configuration to its adapter, packed and padded, in turns.
 
-Question:  SmolLM2-135M, LoRA r = 8 on q and v, one epoch of ARC-Easy, 8 questions a step, float32: how many seconds
+Question:  SmolLM2-135M, LoRA r = 8 on q and v, one epoch of ARC-Easy, 8 questions per step, float32: how many seconds
            does the run take with all its compilation, where rows hold several examples, and where they are padded?
 Command:   python -m experiments.benchmarks.bench_epoch
 Hardware:  2 CPU cores with nothing else running. Minutes: 30 a turn on the slowest cores so far.

@@ -1,6 +1,6 @@
-"""Benchmark: useful tokens a second on real text, packed and padded, against PEFT padded and packed, in turns.
+"""Benchmark: useful tokens per second on real text, packed and padded, against PEFT padded and packed, in turns.
 
-Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW, 8 examples a step, float32: how many tokens that are not padding
+Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW, 8 examples per step, float32: how many tokens without padding
            does a step learn from in a second, where rows hold several examples, and where they are padded?
 Command:   python -m experiments.benchmarks.bench_packing --torch-python PATH  (--data FILE for text besides ARC-Easy;
            GSM8K's is the file of solutions that experiments.studies.cot writes into runs/data)
@@ -91,7 +91,7 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns a Markdown table of the useful tokens a second."""
+    """Returns a Markdown table of the useful tokens per second."""
     rows = []
     for each in result["sets"]:
         fastest = each["ours packed"]["tokens_per_second"]

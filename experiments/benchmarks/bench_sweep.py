@@ -1,7 +1,7 @@
 """Benchmark: adapters trained together in one program against as many single runs, in turns.
 
 Question:  SmolLM2-135M, LoRA r = 8 on q and v, Stable-LoRA, batch 8 an adapter, rows of 64 tokens of which the last 8
-           are answers: how many adapter steps a second, for K = 1 to 16 adapters at once, and with what memory?
+           are answers: how many adapter steps per second, for K = 1 to 16 adapters at once, and with what memory?
 Command:   make bench-sweep        (or python -m experiments.benchmarks.bench_sweep; --help)
 Hardware:  2 CPU cores with nothing else running, or one GPU. Minutes: 9.
 Observed:  on 2 cores about as many as single steps for K = 2, and fewer for 4 to 16, because a single batch fills them

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# SmolLM2-135M: rows a step, answer tokens a row, and what its layers hold.
+# SmolLM2-135M: rows per step, answer tokens per row, and what its layers hold.
 BATCH, ANSWER, VOCABULARY = 8, 8, 49152
 FROZEN_LAYER_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
 

@@ -5,7 +5,7 @@ Command:   python -m experiments.benchmarks.overhead      (reads what `make benc
 Hardware:  any; the times are those of the files: an update on one thread, and the shortest step, of 8 rows of 64 tokens
            with the base in bfloat16, on two cores with a newer jax. Longer steps have smaller shares. Minutes: 0.1.
 Paper:     0.5B on HellaSwag: Stable-LoRA +0.6 %, LoRA+ 0, Riemannian +8.3, LoRA-RITE +46; no extra memory.
-           A flag a matrix is one byte: 60 bytes here, beside the 3.7 MB that AdamW keeps.
+           A flag per matrix is one byte: 60 bytes here, beside the 3.7 MB that AdamW keeps.
 """
 
 import json

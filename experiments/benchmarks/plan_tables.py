@@ -1,6 +1,6 @@
 """Plan: what Stable-LoRA training of Llama-3.2-1B and 3B takes on 16 and on 256 TPU v5e chips.
 
-Question:  does the step fit, what binds it, how many tokens a second do the chips' published rates allow?
+Question:  does the step fit, what binds it, how many tokens per second do the chips' published rates allow?
 Command:   make plan            (needs libtpu, no TPU)
 Hardware:  2 CPU cores. Minutes: 8 to 20; `planning_seconds` in each file.
 Observed:  all four fit; the step for 256 chips compiles as the one for 16 does. With all scores of a row written out

@@ -59,7 +59,7 @@ class Options:
     steps: int | None = 68
     """Steps of a run; 68 of 8 questions take about 100 seconds on 2 cores. None passes once over all questions."""
     batch_size: int = 8
-    """Questions a step."""
+    """Questions per step."""
     save_every: int = 25
     """Steps between two checkpoints."""
     results: Path = Path("experiments/results")

@@ -15,7 +15,7 @@ LONGEST = "ablation-longest-run"
 
 
 def report(results: Path) -> str:
-    """Returns the tables, one a task, length and setting, and draws the figure of the longest run."""
+    """Returns the tables, one per task, length and setting, and draws the figure of the longest run."""
     records, text = read_lines("ablation", results), ""
     for each in tables.grouped(records, lambda record: tables.setting(record, *VARIED)).values():
         variants = tables.grouped(each, name_of)

@@ -106,7 +106,7 @@ def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
 
 
 def report(results: Path, name: str = "cot") -> str:
-    """Returns the tables of an experiment's lines, one a setting."""
+    """Returns the tables of an experiment's lines, one per setting."""
     records, text = read_lines(name, results), ""
     for each in tables.grouped(records, lambda record: tables.setting(record, *tables.OF_METHODS, "steps")).values():
         groups = tables.grouped(each, lambda record: (record["steps"], record["train"]["method"]))

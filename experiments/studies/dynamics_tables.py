@@ -43,7 +43,7 @@ def _scale(record: Record) -> float:
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """Writes a figure: a row a run, a column a module; medians over the layers, shaded between the quartiles.
+    """Writes a figure: a row per run, a column per module; medians over the layers, shaded between the quartiles.
 
     A dotted line stands at the median step at which matrices stopped.
     """

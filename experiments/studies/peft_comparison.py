@@ -34,7 +34,7 @@ class PeftComparisonConfig(cot.CotConfig):
     lengths: tuple[int, ...] = (5000,)
     """Steps of training."""
     batch_size: int = 4
-    """Examples a step."""
+    """Examples per step."""
     learning_rate: float = 1e-4
     """η."""
     scale: float = 2.0

@@ -8,11 +8,11 @@ Expected:  (2026-11-26) a rule without λ that had been best in a first study on
            evenly until the last step) is best here too.
 Observed:  it is the worst: refuted.
 
-LoRA r = 8 on q and v, s = 16, bfloat16 base, 8 questions a step in packed rows, cosine after 3 % warm-up, clip 1, loss
-on the right answer. Settings: few (500 questions of ARC-Easy, 8 passes; 3 seeds), arc3 (1930 questions, 3 passes; 2
-seeds), fresh (4000 questions of Social IQA, once; 2 seeds). Scored on ARC-Easy's test split (2376 questions) and Social
-IQA's validation split (1954), per question. Limits: one model, one s, few seeds; rates are chosen on one half of the
-questions and reported on the other; the best rates of fresh lie at the grid's upper end, those of few at its lower.
+LoRA r = 8 on q and v, s = 16, bfloat16 base, 8 questions per step in packed rows, cosine after 3 % warm-up, clip 1,
+loss on the right answer. Settings: few (500 questions of ARC-Easy, 8 passes; 3 seeds), arc3 (1930 questions, 3 passes;
+2 seeds), fresh (4000 questions of Social IQA, once; 2 seeds). Scored on ARC-Easy's test split (2376 questions) and
+Social IQA's validation split (1954), per question. Limits: one model, one s, few seeds; rates are chosen on one half of
+the questions and reported on the other; the best rates of fresh lie at the grid's upper end, those of few at its lower.
 """
 
 import math

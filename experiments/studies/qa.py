@@ -4,7 +4,7 @@ Question:  on a fixed budget of steps, which method makes SmolLM2-135M choose mo
            more than chance? Learning rate η, scale s and λ are searched on 400 questions kept out of training; what is
            reported is trained on all training questions and scored on the validation split.
 Command:   python -m experiments.studies.qa        (--tasks arc_easy openbookqa; --together 8 on an accelerator; --help)
-Hardware:  2 CPU cores, 6 GB. Minutes: 1 to 7 a cell, most of it compilation; 36 + 25 to 30 cells a task, 3 to 6 hours.
+Hardware:  2 CPU cores, 6 GB. Minutes: 1 to 7 per cell, mostly compilation; 36 + 25 to 30 cells per task, 3 to 6 hours.
 Paper:     Stable-LoRA 0.5 to 2.1 points above AdamW, on larger models, longer runs, best of 3 seeds.
 Observed:  65 +- 2 % per token on ARC-Easy for AdamW; results/qa.md.
 

@@ -17,7 +17,7 @@ searched at two values each.
 
 
 def report(results: Path) -> str:
-    """Returns the tables, one a task and setting."""
+    """Returns the tables, one per task and setting."""
     records = read_lines("qa", results)
     searches = tables.grouped(read_lines("qa_search", results), _searched)
     controls, text = read_lines("qa_controls", results), ""

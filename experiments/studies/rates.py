@@ -4,11 +4,11 @@ Question:  at each method's best learning rate, and over the whole grid, what do
            A₀ × 1/4 and decay on A, with few data and many passes, three passes, and fresh data, at s = 16 and at s = 2?
            Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
 Command:   python -m experiments.studies.rates    (--settings few --scales 16 --seeds 1; --part, --ray, --together)
-Hardware:  2 CPU cores, 6 GB. Minutes: 12 a cell, or 30 on the slowest cores so far; a setting and scale has 60 a
+Hardware:  2 CPU cores, 6 GB. Minutes: 12 per cell, or 30 on the slowest cores so far; a setting and scale has 60 per
            seed, 12 hours. One H100 with --together 60: about 25 for all 1360, by the pilot's 60 a minute.
 Expected:  (2026-11-27) in LOG.md.
 
-LoRA r = 8 on q and v, 8 questions a step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
+LoRA r = 8 on q and v, 8 questions per step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
 early: of ten validations, the adapter with the least held-out nats. Decay is per step at the peak rate: a weight decay
 of d / η, so that A loses the share d there at every η of the grid, and less where the schedule has fallen.
 """

@@ -3,7 +3,7 @@
 Question:  AdamW against Stable-LoRA with adapters on q and v, on all of attention, and on the feed-forward part too,
            each at the η, s and λ that its search on ARC-Easy chose with q and v adapted (experiments.studies.qa).
 Command:   python -m experiments.studies.targets    (--seeds 1; --dtype float32 on processors without bfloat16; --help)
-Hardware:  2 CPU cores, 8 GB. Minutes: 6 to 8 a cell on the slowest cores so far, 18 cells.
+Hardware:  2 CPU cores, 8 GB. Minutes: 6 to 8 per cell on the slowest cores so far, 18 cells.
 Expected:  (2026-11-29) in LOG.md.
 Observed:  one seed: with all modules Stable-LoRA 3.2 points above AdamW, -0.4 to +6.8 over questions; AdamW loses
            0.55 nats per token from q and v to all, Stable-LoRA 0.21.
@@ -44,7 +44,7 @@ def cells(config: TargetsConfig) -> list[Cell]:
 
 
 def report(results: Path) -> str:
-    """Returns the tables, one a task and setting."""
+    """Returns the tables, one per task and setting."""
     records, text = read_lines("targets", results), ""
     varied = (*tables.OF_METHODS, "targets", "learning_rate", "alpha")
     for each in tables.grouped(records, lambda record: tables.setting(record, *varied)).values():

@@ -86,7 +86,7 @@ def students(
 
 
 def measure(config: WidthConfig, c: float, method: str, width: int) -> list[dict[str, Any]]:
-    """Returns a line a seed."""
+    """Returns a line per seed."""
     numbers = map(jnp.float32, (*constants(c, width, config.steps), config.lam, METHODS[method]))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), width), config.seeds)
     sizes, stable = jax.device_get(students(width, config.steps, *numbers, keys, shrink=method != "adamw"))

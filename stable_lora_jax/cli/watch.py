@@ -126,8 +126,9 @@ def _view(run: Path, lines: list[dict[str, Any]]) -> RenderableType:
 def _sparkline(values: list[float], width: int = 72) -> str:
     """Returns the values as a line of bars, each the mean of its share.
 
-    >>> _sparkline([3.0, 2.0, 1.0], width=3)
-    '█▅▁'
+    Examples:
+      >>> _sparkline([3.0, 2.0, 1.0], width=3)
+      '█▅▁'
     """
     shares = np.array([np.mean(part) for part in np.array_split(values, min(width, len(values)))])
     spread = np.ptp(shares) or 1.0

@@ -35,15 +35,15 @@ class Batch(NamedTuple):
     """B rows of T input tokens and P predicted tokens, of at most E questions each (see the module's drawing).
 
     Attributes:
-        tokens: token numbers, 0 in padding.
-        positions: position of each token in its sequence, 0 in padding.
-        segments: 0 prefix, c + 1 branch c, -1 padding.
-        documents: which of the row's questions a token belongs to, from 0; -1 padding.
-        read_at: index in the row of the token whose output predicts the target, 0 in padding.
-        targets: token numbers to predict, 0 in padding.
-        branch: branch of each target, -1 in padding.
-        owner: which of the row's questions a target belongs to, -1 in padding.
-        answer: index of the right branch of each question, -1 where there is none.
+      tokens: token numbers, 0 in padding.
+      positions: position of each token in its sequence, 0 in padding.
+      segments: 0 prefix, c + 1 branch c, -1 padding.
+      documents: which of the row's questions a token belongs to, from 0; -1 padding.
+      read_at: index in the row of the token whose output predicts the target, 0 in padding.
+      targets: token numbers to predict, 0 in padding.
+      branch: branch of each target, -1 in padding.
+      owner: which of the row's questions a target belongs to, -1 in padding.
+      answer: index of the right branch of each question, -1 where there is none.
     """
 
     tokens: Int32[np.ndarray, "B T"]
@@ -58,15 +58,16 @@ class Batch(NamedTuple):
 
 
 def bucket(size: int, *, smallest: int, steps: int) -> int:
-    """The least allowed size that is not below `size`: `smallest`, and `steps` even steps to each doubling of it.
-
-    >>> [bucket(size, smallest=16, steps=2) for size in (1, 17, 25, 33, 64, 65, 1000)]
-    [16, 24, 32, 48, 64, 96, 1024]
+    """Returns the least allowed size of at least `size`: `smallest`, and `steps` even steps to each doubling of it.
 
     Args:
-        size: >= 0.
-        smallest: the least result; a multiple of `steps`.
-        steps: more steps, less padding and more shapes to compile.
+      size: >= 0.
+      smallest: the least result; a multiple of `steps`.
+      steps: more steps, less padding and more shapes to compile.
+
+    Examples:
+      >>> [bucket(size, smallest=16, steps=2) for size in (1, 17, 25, 33, 64, 65, 1000)]
+      [16, 24, 32, 48, 64, 96, 1024]
     """
     if size <= smallest:
         return smallest
@@ -82,13 +83,13 @@ def make_batch(
     width: int | None = None,
     num_targets: int | None = None,
 ) -> Batch:
-    """The rows of the examples, one each, in their order.
+    """Returns the rows of the examples, one each, in their order.
 
     Args:
-        examples: at least one.
-        num_rows: B; rows beyond the examples are padding. The number of examples if None.
-        width: T; the bucket of the longest row if None.
-        num_targets: P; the bucket of the most targets if None.
+      examples: at least one.
+      num_rows: B; rows beyond the examples are padding. The number of examples if None.
+      width: T; the bucket of the longest row if None.
+      num_targets: P; the bucket of the most targets if None.
     """
     return make_rows(
         [[example] for example in examples],
@@ -102,14 +103,14 @@ def make_batch(
 def make_rows(
     rows: Sequence[Sequence[Encoded]], *, num_rows: int, width: int, num_targets: int, num_documents: int
 ) -> Batch:
-    """Rows of several examples each.
+    """Returns rows of several examples each.
 
     Args:
-        rows: the examples of each row.
-        num_rows: B, at least the number of rows; what is beyond them is padding.
-        width: T, at least the tokens of any row.
-        num_targets: P, at least the targets of any row.
-        num_documents: E, at least the examples of any row.
+      rows: the examples of each row.
+      num_rows: B, at least the number of rows; what is beyond them is padding.
+      width: T, at least the tokens of any row.
+      num_targets: P, at least the targets of any row.
+      num_documents: E, at least the examples of any row.
     """
 
     def full(value: int, *shape: int) -> np.ndarray:
@@ -135,7 +136,7 @@ def make_rows(
 
 
 def pad_batch(batch: Batch, width: int, num_targets: int, num_documents: int) -> Batch:
-    """The same rows with T, P and E padded to these sizes, none below what it is."""
+    """Returns the same rows with T, P and E padded to these sizes, none below what it is."""
     sizes = {"tokens": width, "positions": width, "segments": width, "documents": width, "answer": num_documents}
     values = {"segments": -1, "documents": -1, "branch": -1, "owner": -1, "answer": -1}
 
@@ -178,13 +179,13 @@ class TrainBatches:
     little padding, and then the batches are shuffled. Examples that fill no whole batch are left out of that epoch.
 
     Args:
-        examples: all branches (softmax over the choices) or `right_branch_only` (answer tokens).
-        batch_size: B.
-        seed: >= 0.
-        max_length: longest row allowed, in tokens.
+      examples: all branches (softmax over the choices) or `right_branch_only` (answer tokens).
+      batch_size: B.
+      seed: >= 0.
+      max_length: longest row allowed, in tokens.
 
     Raises:
-        ValueError: fewer examples than a batch, an example that is too long, a negative seed or step.
+      ValueError: fewer examples than a batch, an example that is too long, a negative seed or step.
     """
 
     def __init__(self, examples: Sequence[Encoded], *, batch_size: int, seed: int, max_length: int):
@@ -214,21 +215,21 @@ class TrainBatches:
         return len(self._examples) // self.batch_size
 
     def indices(self, step: int) -> Int32[np.ndarray, " B"]:
-        """Which examples the batch of a step holds, in the order of its rows."""
+        """Returns which examples the batch of a step holds, in the order of its rows."""
         if step < 0:
             raise ValueError(f"step is {step}; allowed are integers from 0. Count steps from the start of training.")
         epoch, batch = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[batch]
 
     def num_tokens(self, step: int) -> int:
-        """Input tokens of the whole batch, padding left out."""
+        """Returns the input tokens of the whole batch, padding left out."""
         return sum(self._examples[index].length for index in self.indices(step))
 
     def __getitem__(self, step: int) -> Batch:
         return self.rows(step, range(self.num_rows))
 
     def rows(self, step: int, rows: Sequence[int]) -> Batch:
-        """Some rows of the batch of a step, as wide as the whole batch."""
+        """Returns some rows of the batch of a step, as wide as the whole batch."""
         examples = [self._examples[index] for index in self.indices(step)]
         return make_batch(
             [examples[row] for row in rows],
@@ -258,20 +259,20 @@ class BatchRows:
 
 
 def eval_batches(examples: Sequence[Encoded], *, max_tokens: int = 2048) -> list[tuple[list[int], Batch]]:
-    """Batches that hold every example once, longest first, so that too little memory shows at once.
+    """Returns batches that hold every example once, longest first, so that too little memory shows at once.
 
     Examples of about one length form a group, cut evenly into batches of one shape: one compilation per group.
 
     Args:
-        examples: usually with all branches.
-        max_tokens: most tokens of a batch, B * T. A longer row stands alone.
+      examples: usually with all branches.
+      max_tokens: most tokens of a batch, B * T. A longer row stands alone.
 
     Returns:
-        (indices of the examples, batch) pairs; row i of the batch is the example `indices[i]`, further rows are
-        padding.
+      (indices of the examples, batch) pairs; row i of the batch is the example `indices[i]`, further rows are
+      padding.
 
     Raises:
-        ValueError: max_tokens is below 1.
+      ValueError: max_tokens is below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1. Leave it out for 2048.")
@@ -291,7 +292,7 @@ def eval_batches(examples: Sequence[Encoded], *, max_tokens: int = 2048) -> list
 
 
 def _groups_by_width(examples: Sequence[Encoded], min_tokens: int) -> list[list[int]]:
-    """Indices, longest first, cut where the width falls; a group below min_tokens also takes narrower examples."""
+    """Returns indices, longest first, cut where the width falls; a group below min_tokens takes narrower ones too."""
     groups: list[list[int]] = []
     group_width = 0
     for index in sorted(range(len(examples)), key=lambda index: examples[index].length, reverse=True):
@@ -311,7 +312,7 @@ class BatchesByStep(Protocol):
 
 
 def prefetch(batches: BatchesByStep, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) for start <= step < stop, made in a thread up to 8 steps ahead of the loop.
+    """Yields (step, batch) for start <= step < stop, made in a thread up to 8 steps ahead of the loop.
 
     An error while making a batch is raised in the loop, at its step.
     """
@@ -331,7 +332,7 @@ def _eval_width(length: int) -> int:
 
 
 def targets_bucket(num_targets: int) -> int:
-    """The number of targets that a row is padded to."""
+    """Returns the number of targets that a row is padded to."""
     return bucket(num_targets, smallest=8, steps=1)
 
 

@@ -17,7 +17,7 @@ class ChatTemplateError(ValueError):
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer comes with a chat template."""
+    """Returns whether the tokenizer comes with a chat template."""
     return bool(tokenizer.chat_template)
 
 
@@ -32,14 +32,14 @@ def render_chat(
     """Returns the conversation as the text that the model was trained on, special tokens included.
 
     Args:
-        tokenizer: from `load_tokenizer`.
-        messages: `{"role": ..., "content": ...}` each.
-        template: which of several named templates; None takes the only one, or the one called "default".
-        tools: descriptions of functions that the assistant may call.
-        add_generation_prompt: whether the text ends where the assistant begins to speak.
+      tokenizer: from `load_tokenizer`.
+      messages: `{"role": ..., "content": ...}` each.
+      template: which of several named templates; None takes the only one, or the one called "default".
+      tools: descriptions of functions that the assistant may call.
+      add_generation_prompt: whether the text ends where the assistant begins to speak.
 
     Raises:
-        ChatTemplateError: no template, none of that name, several and none chosen, or one that fails or gives no text.
+      ChatTemplateError: no template, none of that name, several and none chosen, or one that fails or gives no text.
     """
     source = chosen_template(tokenizer, template)
     called = f"the chat template{f' {template!r}' if template else ''} of {tokenizer.name_or_path or 'the tokenizer'}"

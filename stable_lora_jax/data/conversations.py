@@ -39,14 +39,14 @@ def encode_conversations(
     """Yields each conversation's tokens up to the last that is learnt, and which are.
 
     Args:
-        tokenizer: from `load_tokenizer`; it must be able to tell which characters a token covers.
-        items: the conversations.
-        template: which chat template, where there are several.
+      tokenizer: from `load_tokenizer`; it must be able to tell which characters a token covers.
+      items: the conversations.
+      template: which chat template, where there are several.
 
     Raises:
-        ValueError: a tokenizer that cannot tell; a conversation of which nothing is learnt, or whose turns do not stand
-            in its text as they do alone.
-        ChatTemplateError: see `render_chat`.
+      ValueError: a tokenizer that cannot tell; a conversation of which nothing is learnt, or whose turns do not stand
+        in its text as they do alone.
+      ChatTemplateError: see `render_chat`.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -123,10 +123,10 @@ def _turn(text: str, begun: str, ended: str, message: dict[str, Any]) -> tuple[i
     """Returns the first character of a turn, and the first behind it; None if it cannot be told.
 
     Args:
-        text: of the whole conversation.
-        begun: up to where the assistant speaks.
-        ended: up to the end of the turn.
-        message: the turn.
+      text: of the whole conversation.
+      begun: up to where the assistant speaks.
+      ended: up to the end of the turn.
+      message: the turn.
     """
     if not text.startswith(begun) or not ended.startswith(begun):
         return None

@@ -36,15 +36,15 @@ class Encoded:
     """Token numbers of one question or completion.
 
     Args:
-        prefix: what every answer shares, at least one token (it predicts the first token of each branch).
-        branches: the answers, at least one, each of at least one token.
-        answer: index of the right branch.
-        moved: whether the branches begin before the answer's text does, as a token spans the boundary.
-        learnt: which tokens of the only branch are learnt, where others stand between them, as in a conversation; None:
-            all are.
+      prefix: what every answer shares, at least one token (it predicts the first token of each branch).
+      branches: the answers, at least one, each of at least one token.
+      answer: index of the right branch.
+      moved: whether the branches begin before the answer's text does, as a token spans the boundary.
+      learnt: which tokens of the only branch are learnt, where others stand between them, as in a conversation; None:
+        all are.
 
     Raises:
-        ValueError: an empty prefix or branch, no branch, or an answer that is not a branch.
+      ValueError: an empty prefix or branch, no branch, or an answer that is not a branch.
     """
 
     prefix: tuple[int, ...]
@@ -87,12 +87,12 @@ class Encoded:
 
 
 def right_branch_only(encoded: Encoded) -> Encoded:
-    """The same example with the right answer as its only branch, for training on the answer's tokens."""
+    """Returns the same example with the right answer as its only branch, for training on the answer's tokens."""
     return Encoded(encoded.prefix, (encoded.branches[encoded.answer],), 0, learnt=encoded.learnt)
 
 
 def digest(examples: Sequence[Encoded]) -> str:
-    """The SHA-256 of the examples, in their order: of another number, token or answer it is another."""
+    """Returns the SHA-256 of the examples, in their order: of another number, token or answer it is another."""
     total = hashlib.sha256()
     for example in examples:
         for numbers in ((len(example.branches), example.answer), example.prefix, *example.branches):
@@ -125,7 +125,7 @@ def encode_all(
     prompt_format: str = "cloze",
     template: str | None = None,
 ) -> list[Encoded]:
-    """All items as token numbers, tokenized in one batch (see the module for where a prefix ends).
+    """Returns all items as token numbers, tokenized in one batch (see the module for where a prefix ends).
 
     Of conversations, which are texts by a chat template, the assistant's tokens are learnt; see `conversations`.
 
@@ -134,14 +134,14 @@ def encode_all(
     branch, closed by the end-of-sequence token. Neither token is added to a text that has it already.
 
     Args:
-        tokenizer: from `load_tokenizer`.
-        items: questions, completions (which have no format), or conversations.
-        prompt_format: `cloze` or `letter`.
-        template: the chat template of conversations, where the tokenizer has several.
+      tokenizer: from `load_tokenizer`.
+      items: questions, completions (which have no format), or conversations.
+      prompt_format: `cloze` or `letter`.
+      template: the chat template of conversations, where the tokenizer has several.
 
     Raises:
-        ValueError: unknown format; an empty prompt or completion; a prompt of which nothing is left for a prefix; a
-            completion where the tokenizer has no end-of-sequence token.
+      ValueError: unknown format; an empty prompt or completion; a prompt of which nothing is left for a prefix; a
+        completion where the tokenizer has no end-of-sequence token.
     """
     conversations = [item for item in items if isinstance(item, Conversation)]
     if conversations:
@@ -188,9 +188,9 @@ def _shared_prefix(
     """Returns how many first tokens all rows share that lie within the prompt.
 
     Args:
-        rows: tokens of each joined text, and the characters (first, last + 1) that each token covers, where known.
-        prompt: tokens of the prompt alone.
-        length: characters of the prompt.
+      rows: tokens of each joined text, and the characters (first, last + 1) that each token covers, where known.
+      prompt: tokens of the prompt alone.
+      length: characters of the prompt.
     """
     ends = []
     for tokens, spans in rows:

@@ -11,17 +11,17 @@ _FIELDS = ("question", "choices", "answer_index", "prompt", "completion", "messa
 
 
 def load_hub(name: str, split: str, columns: Mapping[str, str]) -> list[Item]:
-    """The questions, completions or conversations of a data set.
+    """Returns the questions, completions or conversations of a data set.
 
     Args:
-        name: "hub:OWNER/NAME", or "hub:OWNER/NAME:CONFIGURATION"; "hub:./FOLDER" reads a local one.
-        split: e.g. "train".
-        columns: field -> its column, for fields (`prompt`, `completion`, `messages`, ...) whose column has another
-            name. Columns that are no field's are left out.
+      name: "hub:OWNER/NAME", or "hub:OWNER/NAME:CONFIGURATION"; "hub:./FOLDER" reads a local one.
+      split: e.g. "train".
+      columns: field -> its column, for fields (`prompt`, `completion`, `messages`, ...) whose column has another
+        name. Columns that are no field's are left out.
 
     Raises:
-        ValueError: no such column, or a row that is not as a line of a file must be; it names the row.
-        ConnectionError: the hub did not give it.
+      ValueError: no such column, or a row that is not as a line of a file must be; it names the row.
+      ConnectionError: the hub did not give it.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -62,11 +62,12 @@ def _plain(value: Any) -> Any:
 def parse_columns(text: str) -> dict[str, str]:
     """Returns field -> column from "field=column,...".
 
-    >>> parse_columns("prompt=instruction,completion=output")
-    {'prompt': 'instruction', 'completion': 'output'}
-
     Raises:
-        ValueError: another form, or a field that is named twice.
+      ValueError: another form, or a field that is named twice.
+
+    Examples:
+      >>> parse_columns("prompt=instruction,completion=output")
+      {'prompt': 'instruction', 'completion': 'output'}
     """
     split = [pair.partition("=") for pair in text.split(",")] if text else []
     fields = [field for field, _, _ in split]

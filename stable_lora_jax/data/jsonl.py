@@ -16,9 +16,9 @@ class Completion:
     """A prompt and the text to learn after it. Both are used as they are: no space is added or removed.
 
     Args:
-        prompt: what comes before.
-        completion: what is learnt.
-        id: what messages call it; the line number of a file.
+      prompt: what comes before.
+      completion: what is learnt.
+      id: what messages call it; the line number of a file.
     """
 
     prompt: str
@@ -31,9 +31,9 @@ class Conversation:
     """Turns of a conversation, of which the assistant's are learnt; what they look like is the chat template's.
 
     Args:
-        messages: `{"role": ..., "content": ...}` each, with what else the template reads (tool_calls, name, ...).
-        tools: descriptions of functions that the assistant may call, as the template takes them.
-        id: what messages call it; the line number of a file.
+      messages: `{"role": ..., "content": ...}` each, with what else the template reads (tool_calls, name, ...).
+      tools: descriptions of functions that the assistant may call, as the template takes them.
+      id: what messages call it; the line number of a file.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -54,15 +54,15 @@ _OF_MESSAGES = {"name", "tool_calls", "tool_call_id", "reasoning_content", "thin
 
 
 def load_jsonl(path: str | Path) -> list[Question] | list[Completion] | list[Conversation]:
-    """The questions, completions or conversations of a `.jsonl` or `.jsonl.gz` file, UTF-8, all of one kind.
+    """Returns the questions, completions or conversations of a `.jsonl` or `.jsonl.gz` file, UTF-8, all of one kind.
 
     A line is `{"question": str, "choices": [str, str, ...], "answer_index": int}`,
     `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, ...]}`, the last with
     `"tools": [...]` if the assistant has some. Blank lines are skipped. An item's id is its line number.
 
     Raises:
-        ValueError: an empty or cut file, or a line that is not as above; it names the file, the line and the reason.
-        FileNotFoundError: no such file.
+      ValueError: an empty or cut file, or a line that is not as above; it names the file, the line and the reason.
+      FileNotFoundError: no such file.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -84,11 +84,11 @@ def load_jsonl(path: str | Path) -> list[Question] | list[Completion] | list[Con
 
 
 def load_prompts(path: str | Path) -> list[str | list[dict[str, Any]]]:
-    """The prompts of a file: one per line, or of a `.jsonl` file texts or conversations that wait for an answer.
+    """Returns the prompts of a file: one per line, or of a `.jsonl` file texts or conversations to be answered.
 
     Raises:
-        ValueError: no prompt, or a line of a .jsonl file that is neither {"prompt": str} nor {"messages": [...]}.
-        FileNotFoundError: no such file.
+      ValueError: no prompt, or a line of a .jsonl file that is neither {"prompt": str} nor {"messages": [...]}.
+      FileNotFoundError: no such file.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -138,14 +138,14 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def item_of(record: dict[str, Any], name: str) -> Item:
-    """The question, completion or conversation in a record.
+    """Returns the question, completion or conversation in a record.
 
     Args:
-        record: its fields, as in a line of a file.
-        name: the item's id.
+      record: its fields, as in a line of a file.
+      name: the item's id.
 
     Raises:
-        ValueError: a field is missing, unknown or of another type.
+      ValueError: a field is missing, unknown or of another type.
     """
     if "messages" in record:
         tools = record.get("tools") or []

@@ -12,13 +12,13 @@ def fit(examples: Sequence[Encoded], max_length: int, too_long: TooLong) -> tupl
     """Returns the examples that are trained on, and how many were cut or left out.
 
     Args:
-        examples: of one branch where they are to be cut.
-        max_length: most input tokens of an example.
-        too_long: refuse (nothing is done: the batches refuse them), truncate (the first tokens are cut off) or skip
-            (left out).
+      examples: of one branch where they are to be cut.
+      max_length: most input tokens of an example.
+      too_long: refuse (nothing is done: the batches refuse them), truncate (the first tokens are cut off) or skip
+        (left out).
 
     Raises:
-        ValueError: a question with several choices to be cut, or no example left.
+      ValueError: a question with several choices to be cut, or no example left.
     """
     long = sum(example.length > max_length for example in examples)
     if too_long == "refuse" or not long:

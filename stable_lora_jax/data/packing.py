@@ -31,15 +31,15 @@ class PackedBatches(TrainBatches):
     """Training batches by step, as `TrainBatches`, in rows that hold several examples.
 
     Args:
-        examples: all branches (softmax over the choices) or `right_branch_only` (answer tokens).
-        batch_size: examples per batch.
-        seed: >= 0.
-        max_length: longest example allowed, in tokens.
-        num_steps: steps of the run, whose epochs decide the shape.
-        multiple: the number of rows is a multiple of it, so that a mesh and gradient accumulation divide it.
+      examples: all branches (softmax over the choices) or `right_branch_only` (answer tokens).
+      batch_size: examples per batch.
+      seed: >= 0.
+      max_length: longest example allowed, in tokens.
+      num_steps: steps of the run, whose epochs decide the shape.
+      multiple: the number of rows is a multiple of it, so that a mesh and gradient accumulation divide it.
 
     Raises:
-        ValueError: as `TrainBatches`; fewer steps or a smaller multiple than 1, or one above the batch size.
+      ValueError: as `TrainBatches`; fewer steps or a smaller multiple than 1, or one above the batch size.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class PackedBatches(TrainBatches):
         return self._num_rows
 
     def rows(self, step: int, rows: Sequence[int]) -> Batch:
-        """Some rows of the batch of a step."""
+        """Returns some rows of the batch of a step."""
         self.indices(step)  # refuses a negative step
         epoch, batch = divmod(step, self.steps_per_epoch)
         laid = self._laid(epoch)[batch]
@@ -134,10 +134,10 @@ def _swap_until_even(batches: np.ndarray, weights: np.ndarray, kept: np.ndarray,
     """Swaps examples of the heaviest batch with those of lighter ones, until none makes it lighter; in place.
 
     Args:
-        batches: the examples of each.
-        weights: of every example.
-        kept: only examples that are equal in this are swapped.
-        rng: draws the batches that are asked for a swap.
+      batches: the examples of each.
+      weights: of every example.
+      kept: only examples that are equal in this are swapped.
+      rng: draws the batches that are asked for a swap.
     """
     load = weights[batches].sum(1)
     even = _round_up(int(load.mean()), 8)

@@ -7,16 +7,17 @@ PROMPT_FORMATS = ("cloze", "letter")
 
 
 def format_question(question: Question, prompt_format: str) -> tuple[str, list[str]]:
-    r"""The prompt and the text of each branch.
+    r"""Returns the prompt and the text of each branch.
 
     `cloze`: "Question: {question}\nAnswer:" and " {choice}". Where choices continue the text (HellaSwag) the prompt is
     the text alone, as evaluation harnesses do. `letter`: the choices are listed and the branches are " A", " B", ...
 
-    >>> format_question(Question("1", "Is ice cold?", ("yes", "no"), 0), "letter")
-    ('Question: Is ice cold?\nA. yes\nB. no\nAnswer:', [' A', ' B'])
-
     Raises:
-        ValueError: unknown format, or more choices than letters.
+      ValueError: unknown format, or more choices than letters.
+
+    Examples:
+      >>> format_question(Question("1", "Is ice cold?", ("yes", "no"), 0), "letter")
+      ('Question: Is ice cold?\nA. yes\nB. no\nAnswer:', [' A', ' B'])
     """
     if prompt_format not in PROMPT_FORMATS:
         raise ValueError(

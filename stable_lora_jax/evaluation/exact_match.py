@@ -13,12 +13,13 @@ def final_number(text: str) -> Fraction | None:
 
     Thousands may be parted by commas, and a dollar sign may precede; a fraction is one number.
 
-    >>> final_number("She has 3 * 6 = 18.00 left. #### 1,018.50")
-    Fraction(2037, 2)
-    >>> final_number("So 2 and 3 make 5.") == final_number("The answer is: $5.00")
-    True
-    >>> final_number("No idea.") is None
-    True
+    Examples:
+      >>> final_number("She has 3 * 6 = 18.00 left. #### 1,018.50")
+      Fraction(2037, 2)
+      >>> final_number("So 2 and 3 make 5.") == final_number("The answer is: $5.00")
+      True
+      >>> final_number("No idea.") is None
+      True
     """
     *before, tail = _MARKS.split(text)
     stated = _numbers(tail)
@@ -31,8 +32,9 @@ def final_number(text: str) -> Fraction | None:
 def exact_match(text: str, solution: str) -> bool:
     r"""Returns whether a text states the number that a worked solution states, however the two write it.
 
-    >>> exact_match("So she makes $1,018.00.", "509 * 2 = 1018\n#### 1018")
-    True
+    Examples:
+      >>> exact_match("So she makes $1,018.00.", "509 * 2 = 1018\n#### 1018")
+      True
     """
     wanted = final_number(solution)
     return wanted is not None and final_number(text) == wanted

@@ -1,6 +1,6 @@
 """Means with intervals, and paired comparisons: what a table of several seeds and questions may say.
 
-Two sources of chance are kept apart. Seeds: `mean_interval` of one accuracy a seed says how far another seed may be,
+Two sources of chance are kept apart. Seeds: `mean_interval` of one accuracy per seed says how far another seed may be,
 and `paired_p_value` whether others would rank two methods alike. Questions: `paired_bootstrap` and `sign_flip_p_value`
 keep the trained models as they are and ask whether other questions of the same kind would rank them alike. Two methods
 answer the same questions, so both compare them question by question, which takes out that some questions are harder
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
 
 def mean_interval(values: Numbers, level: float = 0.95) -> Estimate:
-    """Returns the mean of independent values, one a seed, with Student's t interval; unbounded for a single value.
+    """Returns the mean of independent values, one per seed, with Student's t interval; unbounded for a single value.
 
     Args:
       values: at least one.
@@ -87,7 +87,7 @@ def expected_best(values: Numbers, k: int) -> float:
     """Returns the mean, over all choices of k of the values, of the largest: what "best of k seeds" reports.
 
     Args:
-      values: at least k, one a seed.
+      values: at least k, one per seed.
       k: at least 1; 1 gives the mean, the number of values their maximum.
 
     Raises:
@@ -181,7 +181,7 @@ def _difference(first: Numbers, second: Numbers) -> np.ndarray:
 def _some(values: Numbers) -> np.ndarray:
     numbers = np.asarray(values, float)
     if numbers.ndim != 1 or not len(numbers):
-        raise ValueError(f"Got values of shape {numbers.shape}. Give a list of at least one number, one a seed.")
+        raise ValueError(f"Got values of shape {numbers.shape}. Give a list of at least one number, one per seed.")
     return numbers
 
 

@@ -122,11 +122,12 @@ class AdapterConfig:
 def layer_numbers(text: str) -> list[int] | None:
     """Returns the layers that a text such as "0,2,8-15" names, in that order; None for an empty one.
 
-    >>> layer_numbers("0,2-4")
-    [0, 2, 3, 4]
-
     Raises:
       ValueError: another form.
+
+    Examples:
+      >>> layer_numbers("0,2-4")
+      [0, 2, 3, 4]
     """
     found: list[int] = []
     for part in text.split(",") if text else ():
@@ -142,11 +143,12 @@ def layer_numbers(text: str) -> list[int] | None:
 def numbers_by_module(option: str, text: str) -> dict[str, Any]:
     """Returns module -> number from "module=number,...", of `rank_pattern` whole numbers.
 
-    >>> numbers_by_module("rank_pattern", "down_proj=16,o_proj=4")
-    {'down_proj': 16, 'o_proj': 4}
-
     Raises:
       ValueError: another form, or a module that is named twice.
+
+    Examples:
+      >>> numbers_by_module("rank_pattern", "down_proj=16,o_proj=4")
+      {'down_proj': 16, 'o_proj': 4}
     """
     kind, found = (int if option == "rank_pattern" else float), {}
     for part in text.split(",") if text else ():
@@ -276,11 +278,12 @@ class RunConfig:
     def of(cls, **options: Any) -> "RunConfig":
         """Returns the configuration that these options of the command line stand for.
 
-        >>> RunConfig.of(model="llama", lam=0.005).method.lam
-        0.005
-
         Raises:
           ValueError: an unknown option, or a value that a section refuses.
+
+        Examples:
+          >>> RunConfig.of(model="llama", lam=0.005).method.lam
+          0.005
         """
         return cls().with_options(**options)
 
@@ -339,8 +342,9 @@ def option_places() -> dict[str, tuple[str, str]]:
 def numbers_of(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options without those that belong to other methods, for loops over methods.
 
-    >>> numbers_of("adamw", {"lam": 0.001, "rank": 8})
-    {'rank': 8}
+    Examples:
+      >>> numbers_of("adamw", {"lam": 0.001, "rank": 8})
+      {'rank': 8}
     """
     return {name: value for name, value in options.items() if method in _OWN.get(name, ((method,),))[0]}
 

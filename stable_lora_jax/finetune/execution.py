@@ -73,8 +73,9 @@ class ExecutionConfig:
 def parse_mesh(text: str) -> dict[str, int]:
     """Returns axis -> size from "data=4,fsdp=2"; nothing from an empty text.
 
-    >>> parse_mesh("data=4,tensor=2")
-    {'data': 4, 'tensor': 2}
+    Examples:
+      >>> parse_mesh("data=4,tensor=2")
+      {'data': 4, 'tensor': 2}
     """
     axes: dict[str, int] = {}
     for part in filter(None, text.split(",")):

@@ -189,10 +189,11 @@ def load_adapter(path: str | Location, model: nnx.Module, base: str) -> None:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two names mean the same base model: what follows the last slash is compared, as models move about.
+    """Returns whether two names mean the same base model: what follows the last slash is compared, as models move.
 
-    >>> same_base("meta-llama/Llama-3.2-1B", "/data/llama-3.2-1b/")
-    True
+    Examples:
+      >>> same_base("meta-llama/Llama-3.2-1B", "/data/llama-3.2-1b/")
+      True
     """
     return Path(one).name.lower() == Path(other).name.lower()
 

@@ -35,7 +35,7 @@ class LoRALinear(LoRALayer):
             self.magnitude = nnx.LoRAParam(self._norms().astype(self.lora_a.dtype))
 
     def __call__(self, x: Float[Array, "*batch n"], out_sharding: Any = None) -> Float[Array, "*batch m"]:
-        """The base layer's output plus the adapter's, in the base layer's output dtype.
+        """Returns the base layer's output plus the adapter's, in the base layer's output dtype.
 
         Args:
           x: the input.

@@ -80,7 +80,7 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def is_adapted(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a configuration says that a module has an adapter, as PEFT 0.21 decides."""
+    """Returns whether a configuration says that a module has an adapter, as PEFT 0.21 decides."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if re.fullmatch(excluded, name) if isinstance(excluded, str) else _named(excluded, name):
         return False

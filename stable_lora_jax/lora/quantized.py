@@ -56,7 +56,7 @@ class QuantizedLinear(nnx.Linear):
         self.kernel, self.scale, self.bias = nnx.Param(value), nnx.Param(scale), linear.bias
 
     def __call__(self, inputs: Num[Array, "*batch n"], out_sharding: Any = None) -> Float[Array, "*batch m"]:
-        """As `nnx.Linear`."""
+        """Returns what `nnx.Linear` returns, from the quantized kernel."""
         x = inputs.astype(self.dtype or jnp.promote_types(inputs.dtype, self.param_dtype))
         options = self.precision, self.preferred_element_type, out_sharding
         y = _product(x, self.kernel[...], self.scale[...], self.kind, *options)

@@ -53,13 +53,13 @@ class LoRAEmbed(LoRALayer):
         return self.base.embedding
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
-        """The embedding of each token, in the base layer's output dtype."""
+        """Returns the embedding of each token, in the base layer's output dtype."""
         y = self.base(tokens)
         down = self.lora_a[...][tokens].astype(y.dtype)
         return y + self.scale * down @ self.lora_b[...].astype(y.dtype)
 
     def attend(self, query: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
-        """Logits by the frozen embedding, as `nnx.Embed.attend`."""
+        """Returns logits by the frozen embedding, as `nnx.Embed.attend`."""
         return self.base.attend(query)
 
     def merged(self) -> nnx.Embed:
@@ -80,7 +80,7 @@ class LoRATiedHead(LoRALayer):
         super().__init__(embedding.embedding.shape[::-1], rank, alpha, **options)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
-        """The adapter's part of the logits, in float32."""
+        """Returns the adapter's part of the logits, in float32."""
         x = x if self.dropout is None else self.dropout(x)
         down = x.astype(jnp.float32) @ self.lora_a[...].astype(jnp.float32)
         return self.scale * down @ self.lora_b[...].astype(jnp.float32)

@@ -22,7 +22,7 @@ class KVCache(NamedTuple):
         keys: Float[Array, "batch length kv_heads width"],
         values: Float[Array, "batch length kv_heads width"],
     ) -> "KVCache":
-        """The cache with one layer's new keys and values at `positions`; positions beyond the slots are dropped."""
+        """Returns the cache with one layer's new keys and values at `positions`; those beyond the slots are dropped."""
         rows = jnp.arange(positions.shape[0])[:, None]
         return KVCache(
             keys=self.keys.at[layer, rows, positions].set(keys, mode="drop"),
@@ -31,13 +31,13 @@ class KVCache(NamedTuple):
 
 
 def init_cache(config: DecoderConfig, batch_size: int, num_slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
-    """An empty cache for `batch_size` rows of up to `num_slots` tokens each.
+    """Returns an empty cache for `batch_size` rows of up to `num_slots` tokens each.
 
     Args:
-        config: of the decoder that will fill it.
-        batch_size: rows.
-        num_slots: tokens per row, prompt and answer together.
-        dtype: the decoder's computation dtype.
+      config: of the decoder that will fill it.
+      batch_size: rows.
+      num_slots: tokens per row, prompt and answer together.
+      dtype: the decoder's computation dtype.
     """
     shape = (config.num_layers, batch_size, num_slots, config.num_kv_heads, config.head_dim)
     return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))

@@ -30,8 +30,8 @@ class DecoderConfig:
       logits_scale: factor of the logits.
 
     Raises:
-        ValueError: a size is not positive, the heads cannot be grouped, a head's rotated width is odd, or a list is not
-          one a layer.
+      ValueError: a size is not positive, the heads cannot be grouped, a head's rotated width is odd, or a list is not
+        one per layer.
     """
 
     vocab_size: int
@@ -83,12 +83,12 @@ class DecoderConfig:
             if len(getattr(self, name)) not in (0, self.num_layers):
                 raise ValueError(
                     f"DecoderConfig: {name} has {len(getattr(self, name))} entries for {self.num_layers} layers; give "
-                    "one a layer, or none."
+                    "one per layer, or none."
                 )
         if isinstance(self.rope_scaling, LongRopeScaling) and 2 * len(self.rope_scaling.long_factor) != self.rotated:
             raise ValueError(
                 f"DecoderConfig: {len(self.rope_scaling.long_factor)} factors of wavelengths for {self.rotated} "
-                "rotated features; one a pair is needed; take the configuration of the weights."
+                "rotated features; one per pair is needed; take the configuration of the weights."
             )
 
     @property
@@ -97,9 +97,9 @@ class DecoderConfig:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def slides(self, layer: int) -> bool:
-        """Whether a layer's queries see a window alone."""
+        """Returns whether a layer's queries see a window alone."""
         return self.sliding_window is not None and (not self.sliding_layers or self.sliding_layers[layer])
 
     def rotates(self, layer: int) -> bool:
-        """Whether a layer rotates its queries and keys."""
+        """Returns whether a layer rotates its queries and keys."""
         return not self.rope_layers or self.rope_layers[layer]

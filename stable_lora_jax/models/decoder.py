@@ -62,28 +62,28 @@ class Decoder(nnx.Module):
     meant to be called itself.
 
     Args:
-        config: sizes and switches.
-        rngs: stream for the initial parameters.
-        dtype: of the computation.
-        param_dtype: of the stored parameters.
-        remat: recompute each layer in the backward pass instead of storing what its projections and attention give.
-        unroll: layers in one iteration of the loop over them; more take longer to compile.
-        attention: "xla", "cudnn" or "splash", as `choose_attention` says. With a cache, always "xla", and instead of
-            "splash" too where that cannot be (see `stable_lora_jax.models.attention`).
+      config: sizes and switches.
+      rngs: stream for the initial parameters.
+      dtype: of the computation.
+      param_dtype: of the stored parameters.
+      remat: recompute each layer in the backward pass instead of storing what its projections and attention give.
+      unroll: layers in one iteration of the loop over them; more take longer to compile.
+      attention: "xla", "cudnn" or "splash", as `choose_attention` says. With a cache, always "xla", and instead of
+        "splash" too where that cannot be (see `stable_lora_jax.models.attention`).
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from stable_lora_jax.models import Decoder, DecoderConfig
-        >>> config = DecoderConfig(
-        ...     vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2,
-        ...     num_kv_heads=1, head_dim=4, rms_norm_eps=1e-5, max_positions=32,
-        ... )
-        >>> decoder = Decoder(config, rngs=nnx.Rngs(0))
-        >>> decoder(jnp.array([[1, 2, 3]])).shape
-        (1, 3, 11)
-        >>> decoder.layers.self_attn.q_proj.kernel.shape
-        (2, 8, 8)
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from stable_lora_jax.models import Decoder, DecoderConfig
+      >>> config = DecoderConfig(
+      ...     vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2,
+      ...     num_kv_heads=1, head_dim=4, rms_norm_eps=1e-5, max_positions=32,
+      ... )
+      >>> decoder = Decoder(config, rngs=nnx.Rngs(0))
+      >>> decoder(jnp.array([[1, 2, 3]])).shape
+      (1, 3, 11)
+      >>> decoder.layers.self_attn.q_proj.kernel.shape
+      (2, 8, 8)
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Decoder(nnx.Module):
         segments: Int[Array, "batch length"] | None = None,
         documents: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length vocab"]:
-        """Float32 logits of the token after each position; arguments as in `hidden_states`."""
+        """Returns float32 logits of the token after each position; arguments as in `hidden_states`."""
         return self.logits(self.hidden_states(tokens, positions, segments, documents))
 
     def hidden_states(
@@ -132,19 +132,19 @@ class Decoder(nnx.Module):
         segments: Int[Array, "batch length"] | None = None,
         documents: Int[Array, "batch length"] | None = None,
     ) -> Hidden:
-        """Normalised output of the last layer.
+        """Returns the normalised output of the last layer.
 
         Query i sees key j iff j <= i in row order, both are of one document, and (segments[j] == segments[i] or
         segments[j] == 0). So segment 0 is a prefix shared by the branches 1, 2, ... of its document.
 
         Args:
-            tokens: ids in [0, vocab_size).
-            positions: rotary positions from 0, anew in each document and without gaps; None counts along the row.
-            segments: as above, negative is padding; None: tokens see all before them in their document.
-            documents: as above; None: a row is one document.
+          tokens: ids in [0, vocab_size).
+          positions: rotary positions from 0, anew in each document and without gaps; None counts along the row.
+          segments: as above, negative is padding; None: tokens see all before them in their document.
+          documents: as above; None: a row is one document.
 
         Raises:
-            ValueError: several documents in a row so long that LongRoPE's factors depend on which of them is long.
+          ValueError: several documents in a row so long that LongRoPE's factors depend on which of them is long.
         """
         length, scaling = tokens.shape[1], self.config.rope_scaling
         if documents is not None and isinstance(scaling, LongRopeScaling) and length > scaling.original_max_positions:
@@ -167,15 +167,15 @@ class Decoder(nnx.Module):
     def extend(
         self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: KVCache
     ) -> tuple[Hidden, KVCache]:
-        """Normalised output for `tokens` appended to what `cache` holds, and the cache with them.
+        """Returns the normalised output for `tokens` appended to what `cache` holds, and the cache with them.
 
         A token is stored in the slot of its position and sees every slot up to there. So rows may have different
         lengths: what padding on the right leaves in later slots is overwritten before any token can see it.
 
         Args:
-            tokens: ids in [0, vocab_size).
-            positions: of the tokens, in [0, slots); each row's continues where its last real token ended.
-            cache: from `init_cache` or an earlier call.
+          tokens: ids in [0, vocab_size).
+          positions: of the tokens, in [0, slots); each row's continues where its last real token ended.
+          cache: from `init_cache` or an earlier call.
         """
         slots = jnp.arange(cache.keys.shape[2])[None]
         visible = slots[:, None, :] <= positions[:, :, None]
@@ -186,7 +186,7 @@ class Decoder(nnx.Module):
     def log_likelihoods(
         self, hidden: Float[Array, "rows targets width"], targets: Int[Array, "rows targets"]
     ) -> Float[Array, "rows targets"]:
-        """Float32 log p of targets, in nats, from the normalised hidden states that they are read from.
+        """Returns float32 log p of targets, in nats, from the normalised hidden states that they are read from.
 
         Unless the output layer has an adapter or is quantized, only a chunk of logits is in memory at a time, forward
         and backward.
@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
         return embedding.astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
-        """Float32 logits of normalised hidden states, over any leading axes."""
+        """Returns float32 logits of normalised hidden states, over any leading axes."""
         hidden = self._at_logits_scale(hidden)
         if self.config.tie_embeddings:
             logits = float32_dot(hidden, self._embedding(), (((hidden.ndim - 1,), (1,)), ((), ())))
@@ -330,7 +330,7 @@ class _Kinds:
             self.of_layer = jnp.array([kinds.index(kind) for kind in of_layers])
 
     def at(self, kind: Int[Array, ""] | None) -> Any:
-        """The arrays of a layer's kind."""
+        """Returns the arrays of a layer's kind."""
         return self._made if self._alone else jax.tree.map(lambda stacked: stacked[kind], self._made)
 
 

@@ -77,7 +77,7 @@ def _layer_types(config: DecoderConfig) -> list[str]:
 
 
 def _qwen_windows(raw: Mapping[str, Any]) -> Fields:
-    """Windows where use_sliding_window is set: in the layers from max_window_layers on, or those that are named."""
+    """Returns the windows of use_sliding_window: in the layers from max_window_layers on, or those that are named."""
     used, first = flag(raw, "use_sliding_window"), _whole(raw, "max_window_layers") or 0
     slides = _kinds(raw, lambda layer: used and layer >= first)
     if any(slides) and not used:
@@ -100,7 +100,7 @@ def _qwen_windows_back(config: DecoderConfig) -> Fields:
 
 
 def _rope_layers(raw: Mapping[str, Any]) -> Fields:
-    """SmolLM3: 1 or 0 a layer, whether it rotates; or every so many-th layer does not."""
+    """Returns which layers of SmolLM3 rotate: 1 or 0 per layer, or every so many-th does not."""
     layers, given = _whole(raw, "num_hidden_layers") or 0, raw.get("no_rope_layers")
     every = _whole(raw, "no_rope_layer_interval") or 4
     rotates = tuple((layer + 1) % every != 0 for layer in range(layers)) if given is None else given

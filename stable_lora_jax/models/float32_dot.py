@@ -25,10 +25,10 @@ def float32_dot(
     The products of the backward pass take the cotangent rounded to the operands' dtype, and give gradients of it.
 
     Args:
-        x: of the same dtype as y.
-        y: of the same dtype as x.
-        dimension_numbers: as for `jax.lax.dot_general`: axes contracted, axes shared.
-        precision, out_sharding: what `nnx.Linear` passes on; nothing but the default.
+      x: of the same dtype as y.
+      y: of the same dtype as x.
+      dimension_numbers: as for `jax.lax.dot_general`: axes contracted, axes shared.
+      precision, out_sharding: what `nnx.Linear` passes on; nothing but the default.
     """
     assert precision is None, precision
     assert out_sharding is None, out_sharding

@@ -53,28 +53,28 @@ def generate(
     top_p: float | None = None,
     key: Key[Array, ""] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, without the prompt and without the end token.
+    """Returns the new tokens of each prompt, without the prompt and without the end token.
 
     Args:
-        model: a decoder, with or without adapters.
-        prompts: token ids below the model's vocabulary size; lengths may differ, none may be empty.
-        max_new_tokens: most tokens to add to each prompt.
-        eos_id: the token that ends an answer; None never ends early.
-        temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
-        top_k: draw from the k most likely tokens only (and those as likely as the last of them).
-        top_p: draw from the fewest tokens only whose probabilities, at that temperature and after top_k, sum to at
-            least this; in (0, 1].
-        key: from `jax.random.key`; needed iff temperature > 0.
+      model: a decoder, with or without adapters.
+      prompts: token ids below the model's vocabulary size; lengths may differ, none may be empty.
+      max_new_tokens: most tokens to add to each prompt.
+      eos_id: the token that ends an answer; None never ends early.
+      temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
+      top_k: draw from the k most likely tokens only (and those as likely as the last of them).
+      top_p: draw from the fewest tokens only whose probabilities, at that temperature and after top_k, sum to at
+        least this; in (0, 1].
+      key: from `jax.random.key`; needed iff temperature > 0.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, a length beyond the model's positions, a number
-            out of its range or a missing key.
+      ValueError: an empty prompt, a token outside the vocabulary, a length beyond the model's positions, a number
+        out of its range or a missing key.
 
     Examples:
-        >>> from stable_lora_jax.models import generate, load_model
-        >>> model = load_model("smollm2-135m")  # doctest: +SKIP
-        >>> generate(model, [[504, 3575, 282, 4649, 314]], max_new_tokens=2)  # doctest: +SKIP
-        [[7042, 30]]
+      >>> from stable_lora_jax.models import generate, load_model
+      >>> model = load_model("smollm2-135m")  # doctest: +SKIP
+      >>> generate(model, [[504, 3575, 282, 4649, 314]], max_new_tokens=2)  # doctest: +SKIP
+      [[7042, 30]]
     """
     tokens, lengths = _pad(model, prompts, max_new_tokens)
     key, how = _checked(temperature, top_k, top_p, key)
@@ -95,7 +95,7 @@ def stream(
     top_p: float | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Iterator[int]:
-    """The same tokens as `generate` for one prompt, each as soon as it is known; arguments and errors as there."""
+    """Yields the tokens of `generate` for one prompt, each as soon as it is known; arguments and errors as there."""
     tokens, lengths = _pad(model, [prompt], max_new_tokens)
     key, how = _checked(temperature, top_k, top_p, key)
     graph, params = nnx.split(model)
@@ -116,7 +116,7 @@ def stream(
 
 
 def _pad(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts as one array padded on the right to a power of two, and their lengths."""
+    """Returns the prompts as one array padded on the right to a power of two, and their lengths."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or not lengths.all():
         raise ValueError(
@@ -179,7 +179,7 @@ def _choose(logits: Float[Array, "batch vocab"], key: Key[Array, ""], how: _Samp
 
 
 def _evaluating(graph: nnx.GraphDef, params: nnx.State) -> Decoder:
-    """The model without dropout; a copy, so that the caller's keeps its mode."""
+    """Returns the model without dropout; a copy, so that the caller's keeps its mode."""
     model = nnx.merge(graph, params, copy=True)
     model.eval()
     return model
@@ -209,7 +209,7 @@ def _advance(graph, params, state: _State, how) -> _State:
 
 @functools.partial(jax.jit, static_argnames=("graph", "steps"))
 def _generate(graph, params, tokens, lengths, key, how, end, *, steps: int):
-    """Up to `steps` tokens per row, filled with `end` after the first `end`; stops when all rows have ended."""
+    """Returns up to `steps` tokens per row, filled with `end` after the first `end`; stops when all rows have ended."""
     slots = tokens.shape[1] + steps
     state = _start(graph, params, tokens, lengths, key, how, slots=slots)
     answers = jnp.full((tokens.shape[0], steps), end, jnp.int32).at[:, 0].set(state.tokens)

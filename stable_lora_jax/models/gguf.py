@@ -38,10 +38,10 @@ MODULES = {
 
 
 def open_gguf(file: Path) -> Checkpoint:
-    """The checkpoint in a GGUF file.
+    """Returns the checkpoint in a GGUF file.
 
     Raises:
-        ValueError: the file is damaged, or its architecture, a feature or a tensor type is not supported.
+      ValueError: the file is damaged, or its architecture, a feature or a tensor type is not supported.
     """
     read_gguf_metadata(file)  # the package believes every length that a header claims
     try:
@@ -76,7 +76,7 @@ def _tensor_name(path: str, layer: int | None) -> str:
 
 
 def _pairs_to_halves(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of each head ordered (first half, second half) instead of (first, second, first, second, ...)."""
+    """Returns rows of each head ordered (first half, second half) instead of (first, second, first, second, ...)."""
     return rows.reshape(num_heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -144,7 +144,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any]) -> DecoderConfig:
 
 
 def _recover_scaling(factors: np.ndarray, head_dim: int, theta: float) -> Llama3RopeScaling:
-    """The one scaling all Llama 3 models share but for its factor, if it gives exactly the stored factors."""
+    """Returns the one scaling all Llama 3 models share but for its factor, if it gives exactly the stored factors."""
     scaling = Llama3RopeScaling(
         factor=float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
     )

@@ -47,16 +47,16 @@ _HARMLESS = {
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
-    """The `DecoderConfig` of a parsed Hugging Face config.json.
+    """Returns the `DecoderConfig` of a parsed Hugging Face config.json.
 
     Rotary settings are read from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before).
 
     Args:
-        raw: the parsed file; its `model_type`, or without one its `architectures`, must be of a family of `FAMILIES`.
+      raw: the parsed file; its `model_type`, or without one its `architectures`, must be of a family of `FAMILIES`.
 
     Raises:
-        ValueError: another architecture, a key that is not known or whose value is not supported, settings that
-            contradict each other, a key that is missing, or a number that is none.
+      ValueError: another architecture, a key that is not known or whose value is not supported, settings that
+        contradict each other, a key that is missing, or a number that is none.
     """
     model_type = _model_type(raw)
     family = FAMILIES[model_type]
@@ -88,12 +88,12 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """What `config_from_hf` reads: the config.json of a decoder, for transformers too.
+    """Returns what `config_from_hf` reads: the config.json of a decoder, for transformers too.
 
     It names no start, end and padding token, of which a decoder knows nothing; left out, transformers takes others.
 
     Raises:
-        ValueError: the decoder's family has no way to say what it computes.
+      ValueError: the decoder's family has no way to say what it computes.
     """
     if config.model_type == "llama" and config.qkv_bias and not config.o_bias:
         config = dataclasses.replace(config, model_type="qwen2")

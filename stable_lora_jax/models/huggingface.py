@@ -39,11 +39,11 @@ class _Tensor(NamedTuple):
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
-    """The checkpoint in a directory with config.json and model.safetensors or its shards.
+    """Returns the checkpoint in a directory with config.json and model.safetensors or its shards.
 
     Raises:
-        FileNotFoundError: one of these files is missing.
-        ValueError: the configuration is not supported, or a file is damaged.
+      FileNotFoundError: one of these files is missing.
+      ValueError: the configuration is not supported, or a file is damaged.
     """
     config = config_from_hf(read_json(directory / "config.json"))
     tensors = {name: tensor for file in _weight_files(directory) for name, tensor in _read_header(file).items()}
@@ -75,14 +75,14 @@ def save_huggingface(
     Tied embeddings stay tied: there is no lm_head tensor then.
 
     Args:
-        directory: made if it is missing.
-        model: without adapters, not quantized.
-        bos_id: the tokenizer's start token, which transformers reads from config.json; None if there is none.
-        eos_id: its end token, where transformers stops generating.
+      directory: made if it is missing.
+      model: without adapters, not quantized.
+      bos_id: the tokenizer's start token, which transformers reads from config.json; None if there is none.
+      eos_id: its end token, where transformers stops generating.
 
     Raises:
-        ValueError: the model holds adapters or quantized weights; nothing is written.
-        FileExistsError: the directory holds one of the two files.
+      ValueError: the model holds adapters or quantized weights; nothing is written.
+      FileExistsError: the directory holds one of the two files.
     """
     directory = Path(directory)
     files = directory / "config.json", directory / "model.safetensors"
@@ -173,8 +173,9 @@ def huggingface_module(path: str, layer: int | None) -> str:
 def joined_modules(model_type: str) -> dict[str, tuple[str, ...]]:
     """Returns the modules that transformers joins in one -> their parts here, by their last names, in order.
 
-    >>> joined_modules("phi3")
-    {'qkv_proj': ('q_proj', 'k_proj', 'v_proj'), 'gate_up_proj': ('gate_proj', 'up_proj')}
+    Examples:
+      >>> joined_modules("phi3")
+      {'qkv_proj': ('q_proj', 'k_proj', 'v_proj'), 'gate_up_proj': ('gate_proj', 'up_proj')}
     """
     if model_type != "phi3":
         return {}
@@ -182,11 +183,11 @@ def joined_modules(model_type: str) -> dict[str, tuple[str, ...]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model directory.
+    """Returns the object in a JSON file of a model directory.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it holds something else.
+      FileNotFoundError: it is missing.
+      ValueError: it holds something else.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; a model directory holds it; complete the directory.")

@@ -68,7 +68,7 @@ class SelfAttention(nnx.Module):
         cache: KVCache | None,
         layer: Int[Array, ""],
     ) -> tuple[Hidden, KVCache | None]:
-        """The attended values, and the cache with this layer's keys and values when one is given."""
+        """Returns the attended values, and the cache with this layer's keys and values when one is given."""
         batch, length, _ = x.shape
         split = (batch, length, -1, self.head_dim)
         query, key, value = (_kept(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
@@ -99,7 +99,7 @@ class FeedForward(nnx.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Hidden) -> Hidden:
-        """The transformed features."""
+        """Returns the transformed features."""
         # In float32 up to one rounding at the end: rounding every step, as bfloat16 would, costs more than the steps.
         gate, up = (_kept(projection(x)).astype(jnp.float32) for projection in (self.gate_proj, self.up_proj))
         return self.down_proj((_ACTIVATIONS[self.activation](gate) * up).astype(x.dtype))
@@ -132,7 +132,7 @@ class DecoderLayer(nnx.Module):
         cache: KVCache | None,
         layer: Int[Array, ""],
     ) -> tuple[Hidden, KVCache | None]:
-        """The next residual stream, and the cache with this layer's keys and values when one is given."""
+        """Returns the next residual stream, and the cache with this layer's keys and values when one is given."""
         normal = x if self.norms == "post" else self.input_layernorm(x)
         attended, cache = self.self_attn(normal, inputs, cache, layer)
         if self.norms == "pre":

@@ -44,23 +44,23 @@ def load_model(
     attention: str = "auto",
     sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> Decoder:
-    """A decoder with the weights of a model of one of the families in `models.families`.
+    """Returns a decoder with the weights of a model of one of the families in `models.families`.
 
     Args:
-        name_or_path: the alias "smollm2-135m", a .gguf file, a Hugging Face directory (config.json and safetensors),
-            or a Hugging Face hub name ("owner/model").
-        dtype: of the computation.
-        param_dtype: of the stored parameters.
-        remat: recompute each layer in the backward pass.
-        attention: "auto", "xla", "cudnn" or "splash" (see `choose_attention`).
-        sharding: where a parameter goes, from its dotted path and shape, such as `training.parameter_sharding(mesh)`;
-            the default device if None.
+      name_or_path: the alias "smollm2-135m", a .gguf file, a Hugging Face directory (config.json and safetensors),
+        or a Hugging Face hub name ("owner/model").
+      dtype: of the computation.
+      param_dtype: of the stored parameters.
+      remat: recompute each layer in the backward pass.
+      attention: "auto", "xla", "cudnn" or "splash" (see `choose_attention`).
+      sharding: where a parameter goes, from its dotted path and shape, such as `training.parameter_sharding(mesh)`;
+        the default device if None.
 
     Raises:
-        ValueError: the name is unknown, the model is not supported, a file is damaged, or tensors are missing,
-            unexpected, of the wrong shape or not finite.
-        FileNotFoundError: a directory lacks a file.
-        ConnectionError: the hub did not give the model.
+      ValueError: the name is unknown, the model is not supported, a file is damaged, or tensors are missing,
+        unexpected, of the wrong shape or not finite.
+      FileNotFoundError: a directory lacks a file.
+      ConnectionError: the hub did not give the model.
     """
     checkpoint = _open(name_or_path)
     chosen = choose_attention(attention, dtype=dtype, head_dim=checkpoint.config.head_dim)
@@ -117,7 +117,7 @@ def _download(name: str) -> Path:
 
 
 def _stored_names(checkpoint: Checkpoint, path: str) -> list[str]:
-    """One stored name per layer for a stacked parameter, else a single name."""
+    """Returns one stored name per layer for a stacked parameter, else a single name."""
     layers = range(checkpoint.config.num_layers) if path.startswith("layers.") else [None]
     return [checkpoint.tensor_name(path, layer) for layer in layers]
 

@@ -17,7 +17,7 @@ class OffsetRMSNorm(nnx.RMSNorm):
         self.offset = offset
 
     def __call__(self, x: Float[Array, "*rows width"], mask: None = None) -> Float[Array, "*rows width"]:
-        """The normalised features."""
+        """Returns the normalised features."""
         assert self.scale is not None
         values = x.astype(jnp.float32)
         size = jax.lax.rsqrt(jnp.mean(jnp.square(values), axis=-1, keepdims=True) + self.epsilon)

@@ -16,7 +16,7 @@ class Llama3RopeScaling:
     `original_max_positions / low_freq_factor` are multiplied by `factor`, those between are interpolated.
 
     Raises:
-        ValueError: a number is not positive, or the factors are not in order.
+      ValueError: a number is not positive, or the factors are not in order.
     """
 
     factor: float
@@ -38,7 +38,7 @@ class LinearRopeScaling:
     """All wavelengths multiplied by `factor`: position interpolation, arXiv 2306.15595.
 
     Raises:
-        ValueError: the factor is not positive.
+      ValueError: the factor is not positive.
     """
 
     factor: float
@@ -59,7 +59,7 @@ class YarnRopeScaling:
       truncate: begin and end the ramp at whole features.
 
     Raises:
-        ValueError: a number is not positive.
+      ValueError: a number is not positive.
     """
 
     factor: float
@@ -78,12 +78,12 @@ class LongRopeScaling:
     """A factor for every wavelength, of two sets: LongRoPE, arXiv 2402.13753.
 
     Attributes:
-      short_factor: of rows of up to `original_max_positions` tokens, one a pair of features.
+      short_factor: of rows of up to `original_max_positions` tokens, one per pair of features.
       long_factor: of longer rows.
       attention_factor: of cosines and sines, in all rows.
 
     Raises:
-        ValueError: a number is not positive, or the sets differ in length.
+      ValueError: a number is not positive, or the sets differ in length.
     """
 
     short_factor: tuple[float, ...]

@@ -22,16 +22,16 @@ Rotation = tuple[Float[Array, "#batch length 1 half"], Float[Array, "#batch leng
 
 
 def rotary_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """The width / 2 rotary frequencies in radians per position, float32; of LongRoPE those of short rows.
+    """Returns the width / 2 rotary frequencies in radians per position, float32; of LongRoPE those of short rows.
 
     f_i = theta^(-2i / width). Llama 3 multiplies f_i by s_i + (1 - s_i) / factor, where s_i is 1 for short
     wavelengths 2 pi / f_i, 0 for long ones, and linear in 1 / wavelength between; YaRN does with an s_i that is linear
     in i. Linear scaling divides all by the factor, LongRoPE each by its own.
 
     Args:
-        width: rotated features of a head, even.
-        theta: base of the geometric series.
-        scaling: how it is stretched, or None.
+      width: rotated features of a head, even.
+      theta: base of the geometric series.
+      scaling: how it is stretched, or None.
 
     Reference:
         RoFormer, arXiv 2104.09864, eq. 15; The Llama 3 Herd of Models, arXiv 2407.21783, section 3.4.2; YaRN, arXiv
@@ -71,7 +71,7 @@ def _ramp(width: int, theta: float, scaling: YarnRopeScaling) -> np.ndarray:
 def rotation_at(
     positions: Int[Array, "#batch length"], width: int, theta: float, scaling: RopeScaling | None
 ) -> Rotation:
-    """Cosine and sine (float32) of every angle, shaped to broadcast over heads; arguments as of `rotary_frequencies`.
+    """Returns cosine and sine (float32) of every angle, to broadcast over heads; arguments as of `rotary_frequencies`.
 
     LongRoPE takes its long factors for the rows that hold a position beyond the original ones.
     """
@@ -86,7 +86,7 @@ def rotation_at(
 
 
 def rotate(heads: Float[Array, "batch length heads width"], rotation: Rotation) -> Float[Array, "..."]:
-    """The heads turned by `rotation`, computed in float32 and returned in the dtype of `heads`.
+    """Returns the heads turned by `rotation`, computed in float32, in the dtype of `heads`.
 
     Features beyond those that the rotation is of stay as they are.
     """

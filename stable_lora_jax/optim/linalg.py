@@ -5,7 +5,7 @@ stored transposed, so that long rows are contiguous, and all pairs of one shape,
 one array (k, r, rows), at least float32. Everything expensive about a pair happens in r dimensions, r being 8 or so:
 these small problems of all factors are concatenated and solved as one batch (`batched_by_shape`).
 
-LAPACK's QR is called once a matrix, with an overhead that is larger than an 8 x 8 problem, and its Cholesky gives NaN
+LAPACK's QR is called once per matrix, with an overhead that is larger than an 8 x 8 problem, and its Cholesky gives NaN
 for a singular matrix. Inverses and orthonormal columns both come from one routine instead (`_inverse_root`), a Cholesky
 factor of all Gram matrices at once, in r elementwise steps over the whole batch, and in blocks beyond r = 16. A
 vanishing pivot is left out, so a singular matrix gives no NaN.

@@ -61,12 +61,12 @@ class Pair(NamedTuple):
 
 
 def is_none(node: object) -> bool:
-    """Whether `node` is None: frozen entries that some libraries write as None keep their place in our leaf lists."""
+    """Returns whether `node` is None: entries that some libraries write as None keep their place in our leaf lists."""
     return node is None
 
 
 def is_placeholder(params: PyTree) -> bool:
-    """Whether `optax.tree.map_params` asks `init` which parts of a state are trees like the parameters.
+    """Returns whether `optax.tree.map_params` asks `init` which parts of a state are trees like the parameters.
 
     Everything else in the state must then be a single leaf, as its structure depends on the parameters. Optax's class
     is private.

@@ -22,7 +22,7 @@ Deviations from the paper and the reference code:
   * The test is strict, ``<``, as in the authors' code: a tie shrinks. The paper writes ≤.
   * The flags are part of the optimizer state and survive a checkpoint; the authors' code forgets them on resume.
   * In bfloat16 (1 - λ) A rounds back to A for λ up to 0.0015, so that the method would silently do nothing. Adapters
-    narrower than float32 therefore collect their shrinks in one float32 scalar a matrix, `pending`, which is
+    narrower than float32 therefore collect their shrinks in one float32 scalar per matrix, `pending`, which is
     multiplied into A once it is worth 3 %. Until then the stored A, and so the forward pass, is up to 3 % behind; the
     norms tested and reported are those of pending · A.
 """

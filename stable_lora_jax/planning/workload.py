@@ -36,7 +36,7 @@ class Workload:
       config: of the model.
       rows: B, of the whole batch.
       length: T, tokens per row, at most the model's context.
-      num_targets: P, predicted tokens a row; what is paid for logits.
+      num_targets: P, predicted tokens per row; what is paid for logits.
       method: one of `training.METHODS`.
       rank: r of the adapters.
       targets: adapted modules, as in `inject_lora`.
@@ -78,7 +78,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.rows * self.length
 
     def part(self) -> "Workload":

@@ -28,7 +28,7 @@ class Checkpoints:
     """Saves and restores the state of a run.
 
     Args:
-      directory: where checkpoints live, one folder a step; in a file system, or gs://BUCKET/...
+      directory: where checkpoints live, one folder per step; in a file system, or gs://BUCKET/...
       keep: how many of the newest to keep, >= 1.
       keep_best: keep the one of lowest loss too.
 

@@ -80,7 +80,7 @@ def train_sweep(
 
     Args:
       graph, frozen: the model's structure and base weights, from `split_model`.
-      starts: the adapters to start from, one a point.
+      starts: the adapters to start from, one per point.
       batches: the batches of every point; their sizes are the same.
       points: the numbers of each.
       make_optimizer: from a point, whose numbers are traced arrays, to its transformation.

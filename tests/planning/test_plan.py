@@ -53,8 +53,8 @@ def test_what_does_not_fit_is_told_what_to_change():
     advice = "\n".join(plan.advice())
     for word in ("--remat", "--length 1024", "--mesh fsdp=16", "larger slice or chip than v5e:4x4"):
         assert word in advice
-    assert "--accumulate" not in advice  # one row a chip is the least there is
-    for rows, halved in ((32, True), (48, False)):  # three rows a chip have no half
+    assert "--accumulate" not in advice  # one row per chip is the least there is
+    for rows, halved in ((32, True), (48, False)):  # three rows per chip have no half
         assert ("--accumulate 2" in "\n".join(planned(replace(large, rows=rows)).advice())) == halved
     assert planned().advice() == []
 
