@@ -258,7 +258,9 @@ class BatchRows:
         return self.batches.rows(step, self.chosen)
 
 
-def eval_batches(examples: Sequence[Encoded], *, max_tokens: int = 2048) -> list[tuple[list[int], Batch]]:
+def eval_batches(
+    examples: Sequence[Encoded], *, max_tokens: int = 2048, multiple: int = 1
+) -> list[tuple[list[int], Batch]]:
     """Returns batches that hold every example once, longest first, so that too little memory shows at once.
 
     Examples of about one length form a group, cut evenly into batches of one shape: one compilation per group.
@@ -266,6 +268,7 @@ def eval_batches(examples: Sequence[Encoded], *, max_tokens: int = 2048) -> list
     Args:
       examples: usually with all branches.
       max_tokens: most tokens of a batch, B * T. A longer row stands alone.
+      multiple: B is a multiple of it, so that rows can be split over as many devices; then B is no less.
 
     Returns:
       (indices of the examples, batch) pairs; row i of the batch is the example `indices[i]`, further rows are
@@ -280,8 +283,9 @@ def eval_batches(examples: Sequence[Encoded], *, max_tokens: int = 2048) -> list
     for group in _groups_by_width(examples, max_tokens // 2):
         width = _eval_width(examples[group[0]].length)
         num_targets = targets_bucket(max(examples[index].num_targets for index in group))
-        rows_allowed = max(1, max_tokens // width)
+        rows_allowed = multiple * max(1, max_tokens // width // multiple)
         rows = _ceil_div(len(group), _ceil_div(len(group), rows_allowed))
+        rows = multiple * _ceil_div(rows, multiple)
         for start in range(0, len(group), rows):
             chosen = group[start : start + rows]
             batch = make_batch(

@@ -124,9 +124,10 @@ def evaluate(
     """Returns the scores of every choice of every example, in the order given.
 
     Args:
-      model: with or without adapters; dropout is off while it is evaluated.
+      model: with or without adapters; dropout is off while it is evaluated. Where its placement splits rows over
+        devices, each of them scores its part.
       examples: questions with all their branches.
-      max_tokens: most tokens of a batch; bounds memory.
+      max_tokens: most tokens of a batch per device; bounds memory.
       progress: show a progress bar.
 
     Raises:
@@ -139,10 +140,11 @@ def evaluate(
     graph, state = nnx.split(nnx.view(model, deterministic=True, raise_if_not_found=False))
     sums: list[np.ndarray] = [np.empty(0)] * len(examples)
     counts = [np.array(example.target_counts) for example in examples]
-    batches = eval_batches(examples, max_tokens=max_tokens)
+    splits = model.placement.row_splits
+    batches = eval_batches(examples, max_tokens=max_tokens * splits, multiple=splits)
     with tqdm(total=len(examples), desc="evaluate", unit="question", disable=not progress) as bar:
         for indices, batch in batches:
-            scores = _scores(graph, state, batch)
+            scores = _scores(graph, state, batch) if splits == 1 else _gathered(_score_rows(graph, state, batch))
             for row, index in enumerate(indices):
                 per_branch = np.bincount(batch.branch[row] + 1, scores[row], minlength=len(counts[index]) + 1)
                 sums[index] = per_branch[1:]  # the first is padding
@@ -164,11 +166,19 @@ def _scores(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[np.nda
     where = np.zeros(-(-batch.branch.size // _CHUNK) * _CHUNK, np.int32)
     where[: len(real)] = real
     scores = np.zeros(batch.branch.size)
-    found = _score_chunks(graph, state, batch, where, chunks)
-    if not found.is_fully_addressable:  # of weights that several processes share
-        found = process_allgather(found, tiled=True)
-    scores[real] = np.asarray(found)[: len(real)]
+    scores[real] = _gathered(_score_chunks(graph, state, batch, where, chunks))[: len(real)]
     return scores.reshape(batch.branch.shape)
+
+
+def _gathered(found: Array) -> np.ndarray:
+    """Returns an array whole, also where several processes hold its parts."""
+    return np.asarray(found if found.is_fully_addressable else process_allgather(found, tiled=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_rows(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B P"]:
+    """Returns log p of every target, 0 in padding, of rows that devices share: each keeps to its own."""
+    return target_log_likelihoods(nnx.merge(graph, state), batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -42,7 +42,14 @@ from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.methods import STACK_AXES
 from stable_lora_jax.training.metrics import MetricsFile
 from stable_lora_jax.training.run_directory import RunDirectory
-from stable_lora_jax.training.sharding import batch_sharding, check_decoder, check_rows, make_mesh, replicated
+from stable_lora_jax.training.sharding import (
+    batch_sharding,
+    check_decoder,
+    check_rows,
+    make_mesh,
+    placement_on,
+    replicated,
+)
 from stable_lora_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -158,6 +165,7 @@ def train(
         before_start = [line for line in directory.metrics() if line["step"] <= start] if start else []
         validated = [line["validation"]["loss"] for line in before_start if "validation" in line]
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
+        placement = placement_on(mesh) if mesh.size > 1 else None  # one of them: another would compile anew
         told_to_stop = max_across_processes(mesh)
         rows = BatchRows(batches, local_rows(by_rows, batches.num_rows))
         shown = progress and is_first()
@@ -183,7 +191,10 @@ def train(
                 if before is not None:
                     record.norms(state, before)
                 if validation and ((index + 1) % validation.every == 0 or index + 1 == total_steps):
-                    now = record.validate(index + 1, validation, join_model(graph, state.adapters, frozen))
+                    trained = join_model(graph, state.adapters, frozen)
+                    if placement:
+                        trained.placement = placement
+                    now = record.validate(index + 1, validation, trained)
                     validated.append(now.loss)
                     if keep_best:
                         record.sync()

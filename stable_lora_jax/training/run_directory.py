@@ -156,7 +156,7 @@ class RunDirectory:
 
         Raises:
           ValueError: the directory is in use, contains nothing to resume, belongs to another configuration or other
-            data, or would be overwritten and is no run's.
+            data, or would be overwritten and does not hold a run.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"The run directory {self.path} is a file. Choose another --run-dir.")

@@ -54,7 +54,7 @@ class Validation:
         return min(len(example.branches) for example in self.examples) > 1
 
     def measure(self, model: Any) -> Validated:
-        """Returns loss and accuracy of a model; every device computes all of it."""
+        """Returns loss and accuracy of a model; the devices of its placement share the examples."""
         scores = evaluate(model, self.examples)
         loss = scores.choice_loss if self.loss == "choices" else scores.nll_token
         return Validated(loss, scores.accuracy_token if self._are_questions else None)

@@ -135,13 +135,14 @@ def test_training_errors() -> None:
         TrainBatches(long, batch_size=2, seed=0, max_length=100)
 
 
-@pytest.mark.parametrize("max_tokens", [2048, 512, 16])
-def test_evaluation_covers_all(examples: list[Encoded], max_tokens: int) -> None:
-    batches = eval_batches(examples, max_tokens=max_tokens)
+@pytest.mark.parametrize(("max_tokens", "multiple"), [(2048, 1), (512, 1), (16, 1), (2048, 12), (16, 12)])
+def test_evaluation_covers_all(examples: list[Encoded], max_tokens: int, multiple: int) -> None:
+    batches = eval_batches(examples, max_tokens=max_tokens, multiple=multiple)
     assert sorted(index for indices, _ in batches for index in indices) == list(range(570))
     for indices, batch in batches:
         rows, width = batch.tokens.shape
-        assert rows == 1 or rows * width <= max_tokens
+        assert rows == multiple or rows * width <= max_tokens
+        assert rows % multiple == 0
         assert (batch.answer[:, 0] >= 0).tolist() == [True] * len(indices) + [False] * (rows - len(indices))
         expected = make_batch(
             [examples[i] for i in indices], num_rows=rows, width=width, num_targets=batch.targets.shape[1]

@@ -6,8 +6,21 @@ import optax
 import pytest
 from flax import nnx
 
-from stable_lora_jax.data import Batch, TrainBatches, make_batch, right_branch_only
-from stable_lora_jax.training import Validation, make_loss, make_mesh, make_optimizer, newest_step, read_metrics, train
+from stable_lora_jax.data import Batch, TrainBatches, eval_batches, make_batch, right_branch_only
+from stable_lora_jax.evaluation import evaluate, likelihood
+from stable_lora_jax.training import (
+    Validation,
+    make_loss,
+    make_mesh,
+    make_optimizer,
+    newest_step,
+    read_metrics,
+    split_model,
+    train,
+)
+from stable_lora_jax.training.distributed import to_mesh
+from stable_lora_jax.training.sharding import placement_on, replicated
+from stable_lora_jax.training.step import join_model, place
 from tests.training.tiny_runs import adapted, naive_log_likelihoods, questions, trees_equal
 
 TRAINED, HELD_OUT = [right_branch_only(example) for example in questions(24)], questions(7, seed=5)
@@ -95,6 +108,30 @@ def test_on_a_mesh(tmp_path):
     run(tmp_path / "eight", validation, steps=3, mesh=make_mesh(2, 2, 2))
     one, eight = (measured(tmp_path / name)[3] for name in ("one", "eight"))
     assert one["loss"] == pytest.approx(eight["loss"], abs=1e-4)
+
+
+def test_devices_share_the_examples():
+    """Each scores its part of the rows, the scores are those of one device, and a shape is compiled once."""
+    model, mesh = adapted(), make_mesh(2, 2, 1)
+    alone = evaluate(model, HELD_OUT)
+    graph, adapters, frozen = split_model(model)
+    frozen, adapters = to_mesh(frozen, place(mesh, frozen)), to_mesh(adapters, replicated(mesh))
+    placement, before = placement_on(mesh), likelihood._score_rows._cache_size()
+    batches = eval_batches(HELD_OUT, max_tokens=4 * 2048, multiple=4)
+    for _ in range(2):
+        shared = join_model(graph, adapters, frozen)
+        shared.placement = placement
+        found = evaluate(shared, HELD_OUT)
+        for ours, theirs in zip(found.log_likelihood, alone.log_likelihood, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert likelihood._score_rows._cache_size() - before == len({batch.tokens.shape for _, batch in batches})
+    rows, width = batches[0][1].tokens.shape
+    assert rows % 4 == 0
+    graph, state = nnx.split(nnx.view(shared, deterministic=True, raise_if_not_found=False))
+    program = likelihood._score_rows.lower(graph, state, batches[0][1]).compile().as_text()
+    size = model.config.hidden_size
+    assert f"f32[{rows // 4},{width},{size}]" in program
+    assert f"f32[{rows},{width},{size}]" not in program
 
 
 @pytest.mark.parametrize(
