@@ -24,8 +24,8 @@ from experiments.running.provenance import commit, has_bfloat16, machine, versio
 from stable_lora_jax.data import encode_all, load_task, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
 from stable_lora_jax.finetune import ModelConfig, RunConfig, finetune, load_with_adapter, numbers_of
-from stable_lora_jax.plots import save_figures
 from stable_lora_jax.training import RunDirectory, stop_steps
+from stable_lora_jax.training.figures import save_figures
 
 METHODS = ("adamw", "stable-lora")
 

@@ -22,11 +22,11 @@ ALLOWED = {
     "models": {"assets", "lora", "optim"},
     "data": {"assets"},
     "evaluation": {"data", "lora", "models", "optim"},
-    "training": {"data", "evaluation", "lora", "models", "optim"},
+    "training": {"data", "evaluation", "lora", "models", "optim", "plots"},
     "planning": {"data", "lora", "models", "optim", "training"},
-    "plots": {"training"},
+    "plots": {"optim"},
     "finetune": {"assets", "data", "evaluation", "lora", "models", "optim", "training"},
-    "cli": {"assets", "data", "evaluation", "finetune", "lora", "models", "optim", "planning", "plots", "training"},
+    "cli": {"assets", "data", "evaluation", "finetune", "lora", "models", "optim", "planning", "training"},
 }
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Qwix uses what Flax has renamed
-def test_the_programs_run(capsys):
+def test_the_programs_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (on_a_pytree,) = programs()
     exec(on_a_pytree, {})
     assert "PairStability(norm_a=" in capsys.readouterr().out
@@ -25,6 +26,7 @@ def test_the_programs_run(capsys):
     names: dict[str, Any] = {}
     exec(programs("docs/use/flax.md")[0], names)
     assert re.fullmatch(r"(layers/\d/lora: gap \d+\.\d\d, (stable|still shrinking)\n){2}", capsys.readouterr().out)
+    assert (tmp_path / "stability.png").stat().st_size > 10_000
     exec(programs("docs/use/qwix.md")[0], names)
     adapters = names["nnx"].state(names["model"], names["nnx"].LoRAParam)
     report = names["stability"](adapters, names["optimizer"].opt_state)
@@ -37,7 +39,7 @@ def test_the_readme_is_short():
 
 def test_every_public_name_is_in_the_reference():
     packages = [path.stem for path in (ROOT / "docs" / "api").glob("*.md")]
-    assert len(packages) == 8
+    assert len(packages) == 9
     for name in packages:
         page = (ROOT / "docs" / "api" / f"{name}.md").read_text()
         shown = re.findall(rf"^::: stable_lora_jax\.{name}\.(?:\w+\.)?(\w+)$", page, flags=re.MULTILINE)

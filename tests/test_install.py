@@ -71,7 +71,8 @@ def test_the_readme_first_program_runs(installed: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_extra_is_one_sentence(installed: Path, tmp_path: Path) -> None:
-    extras = {"lora": "flax"} | dict.fromkeys(("models", "training", "evaluation", "finetune", "plots"), "train")
+    extras = {"lora": "flax", "plots": "plots"}
+    extras |= dict.fromkeys(("models", "training", "evaluation", "finetune"), "train")
     for module, extra in extras.items():
         code = f"import stable_lora_jax.{module}"
         done = subprocess.run([installed, "-c", code], capture_output=True, text=True, cwd=tmp_path)

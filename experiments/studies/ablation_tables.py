@@ -6,7 +6,7 @@ from pathlib import Path
 from experiments.running import tables
 from experiments.running.cells import Record, read_lines
 from experiments.running.markdown import markdown
-from stable_lora_jax.plots import plot_norms
+from stable_lora_jax.training.figures import plot_norms
 
 # What a variant may change.
 VARIED = (*tables.OF_METHODS, "weight_decay")

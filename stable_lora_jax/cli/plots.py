@@ -27,7 +27,9 @@ class PlotsConfig:
 
 def plots_command(config: PlotsConfig) -> list[Path]:
     """Runs `stable-lora export-plots` and returns the files written; see `PlotsConfig`."""
-    from stable_lora_jax.plots import save_figures  # here: it brings matplotlib, half a second of any command's start
+    from stable_lora_jax.training.figures import (
+        save_figures,  # here: it brings matplotlib, half a second of any command's start
+    )
 
     files = save_figures(config.runs, config.out, config.file_format)
     for file in files:

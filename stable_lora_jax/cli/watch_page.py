@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from stable_lora_jax.cli.summaries import stops, validated
 from stable_lora_jax.finetune import options_of
-from stable_lora_jax.plots import plot_losses, plot_norms
 from stable_lora_jax.training import RunDirectory, run_labels
+from stable_lora_jax.training.figures import plot_losses, plot_norms
 
 
 def page(runs: Sequence[Path], again_after: float | None = None) -> str:

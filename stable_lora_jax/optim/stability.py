@@ -70,7 +70,8 @@ def stability(
     """Returns pair name -> `PairStability`, from the parameters and whatever optimizer state holds Stable-LoRA's.
 
     Jittable. Looks inside `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams` and the `opt_state`
-    of a `flax.nnx.Optimizer`. The gap is infinite while B = 0, and 0 where A = 0.
+    of a `flax.nnx.Optimizer`. The gap is infinite while B = 0, and 0 where A = 0. A report stays valid when the state
+    that it is of is donated.
 
     Args:
       params: the parameters; pairs of other transformations, as next to those of a partition, are left out.
@@ -108,7 +109,8 @@ def stability(
     for pair in pairs:
         if pair.name in flags:
             norms = _norms(leaves, pair, pending.get(pair.name))
-            report[pair.name] = PairStability(*norms, flags[pair.name])
+            # A copy: a step that the state is donated to deletes the state's own.
+            report[pair.name] = PairStability(*norms, jnp.copy(flags[pair.name]))
     return report
 
 

@@ -86,11 +86,18 @@ def test_our_own_adapters_inside_tunix_model():
     np.testing.assert_allclose(merge_lora(model)(*arguments)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_program_of_the_documentation_runs():
+def test_the_program_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = adapted()
     start = model.layers[0].attn.q_proj.w_lora_a[...].copy()
     names = {"model": model, "model_input": model_input, "batches": batches(30)}
     exec(programs("docs/use/tunix.md")[0], names)
-    assert names["stable"].keys() == set(NAMES)
+    history = names["history"]
+    assert list(history) == [0, 5, 10, 15, 20, 25]
+    assert history[0].keys() == set(NAMES)
+    norms = [float(report[NAMES[0]].norm_a) for report in history.values()]
+    assert norms == sorted(norms, reverse=True)
+    assert len(set(norms)) == len(norms)  # the trainer's own, as it is at each step
+    assert (tmp_path / "stability.png").stat().st_size > 10_000
     shrunk = jnp.linalg.norm(model.layers[0].attn.q_proj.w_lora_a[...]) / jnp.linalg.norm(start)
     np.testing.assert_allclose(shrunk, (1 - 0.005) ** 30, rtol=0.05)  # AdamW moves A too

@@ -1,5 +1,7 @@
 """The report of norms, gaps and flags, and flags that are opened again."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,25 @@ def test_stability_reports_norms_and_gap():
     assert report["layers/lora"].norm_b.shape == (3,)
     fresh = {"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 4))}
     assert stability(fresh, stable_lora_shrink(LAM).init(fresh))["lora"].gap == 0
+
+
+@pytest.mark.parametrize("report", [stability, jax.jit(stability)], ids=["plain", "jitted"])
+def test_a_report_outlives_a_state_that_is_donated(report):
+    """As in most training loops: history[step] = stability(params, state), then the next step."""
+    tx = stable_lora(optax.sgd(0.1), LAM)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = tree()
+    state, history = tx.init(params), []
+    for _ in range(3):
+        history.append(report(params, state))
+        params, state = step(params, state)
+    for found in history:
+        assert all(np.isfinite(each.norm_a).all() and not np.any(each.stable) for each in found.values())
 
 
 def test_stability_without_a_state_or_with_two_is_refused():
