@@ -322,7 +322,11 @@ def prefetch(batches: BatchesByStep, start: int, stop: int) -> Iterator[tuple[in
     """
     import grain
 
-    steps = grain.MapDataset.range(start, stop).map(lambda step: (int(step), batches[int(step)]))
+    class WithBatch(grain.transforms.Map):  # of a function Grain reads the source, which may have been edited since
+        def map(self, element: int) -> tuple[int, Batch]:
+            return int(element), batches[int(element)]
+
+    steps = grain.MapDataset.range(start, stop).map(WithBatch())
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
 

@@ -1,6 +1,7 @@
 """Rows against a slow construction, the order of training, and evaluation that covers all."""
 
 import hashlib
+import inspect
 import subprocess
 import sys
 from collections import Counter
@@ -181,6 +182,17 @@ def test_prefetch_equals_the_loop() -> None:
     assert [step for step, _ in got] == list(range(3, 20))
     assert all(equal(batch, batches[step]) for step, batch in got)
     assert list(prefetch(batches, 5, 5)) == []
+
+
+def test_prefetch_reads_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grain looks a function up in its file, and fails where that was edited since the process began."""
+
+    def edited(*_: object) -> None:
+        raise SyntaxError("unterminated string")
+
+    monkeypatch.setattr(inspect, "getsourcelines", edited)
+    batches = TrainBatches(numbered(10), batch_size=2, seed=0, max_length=100)
+    assert [step for step, _ in prefetch(batches, 0, 3)] == [0, 1, 2]
 
 
 def test_prefetch_raises_in_the_loop_at_its_step() -> None:
