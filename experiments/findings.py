@@ -8,6 +8,7 @@ from experiments.running.cells import Record, read_lines
 from experiments.studies import pilot
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
+from experiments.studies.rates_tables import by_setting, of_pilot, repeated
 from stable_lora_jax.evaluation import Estimate
 
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
@@ -68,10 +69,31 @@ def details(results: Path) -> str:
             f"{stable_ten['nll_token']:.3f} nats per token (one seed).",
             f"* The stop rule makes a large λ safe: at s = 2 and λ = 0.02 an epoch ends {_points(stops)} below AdamW, "
             f"and without the rule {_points(never)}.",
+            *_repeats(results),
             "",
             "± is half a 95 % interval over the seeds; in brackets, a 95 % interval over questions for the same runs.",
         ]
     )
+
+
+def _repeats(results: Path) -> list[str]:
+    """Returns what cells of the pilot gave that were measured again, one sentence per setting."""
+    sentences = []
+    for group, by_cell in by_setting(results).items():
+        theirs, told = of_pilot(group), []
+        found = repeated(by_cell, theirs) if theirs else []
+        for each in found:
+            if each.method == "AdamW":
+                there, here = each.nats
+                told.append(f"at η = {each.rate:g} AdamW has {here:.3f} nats per token (pilot: {there:.3f})")
+            else:
+                there, here = (pilot.told(minus) for minus in each.minus_adamw)
+                told.append(f"{each.method} {here} against it (pilot: {there})")
+        if found:
+            seeds = tables.seeds_text(*(each.seeds for each in found))
+            where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}, ± over questions"
+            sentences.append(f"* Cells of the pilot, measured again here ({where}): {'; '.join(told)}.")
+    return sentences
 
 
 def _lines(results: Path, name: str, **wanted: Any) -> list[Record]:

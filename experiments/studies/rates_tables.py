@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,7 +12,7 @@ from experiments.running import tables
 from experiments.running.cells import Record, read_lines
 from experiments.running.markdown import markdown
 from experiments.studies import pilot
-from stable_lora_jax.evaluation import holm
+from stable_lora_jax.evaluation import Estimate, holm
 
 LEGEND = """\
 *At the best rate*: nats per token of the reported questions minus AdamW's, each at the rate whose held-out nats are
@@ -56,20 +56,45 @@ def method_of(record: Record) -> str:
     return "AdamW"
 
 
+class Group(NamedTuple):
+    """What the lines of one table share."""
+
+    name: str
+    scale: float
+    steps: int
+    dtype: str
+    model: str
+    data: str
+
+
+def by_setting(results: Path) -> dict[Group, dict[CellKey, Record]]:
+    """Returns what is shared -> (method, rate, seed) -> line."""
+
+    def group_of(record: Record) -> Group:
+        train = record["train"]
+        data, scale = Path(train["data"]).stem, train["alpha"] / train["rank"]
+        return Group(data.partition("-")[0], scale, train["steps"], train["dtype"], train["model"], data)
+
+    return {
+        group: {(method_of(x), x["train"]["learning_rate"], x["train"]["seed"]): x for x in lines}
+        for group, lines in tables.grouped(read_lines("rates", results), group_of).items()
+    }
+
+
+def of_pilot(group: Group) -> pilot.Setting | None:
+    """Returns the pilot's runs in the same setting, if it has any."""
+    if group.name not in PILOT or group.scale != 16:
+        return None
+    return pilot.load(Path(__file__).parent.parent / "results", PILOT[group.name])
+
+
 def report(results: Path) -> str:
     """Returns the tables, one or two per setting and scale, and draws the figure."""
-
-    def of_table(record: Record) -> tuple[Any, ...]:
-        names = ("alpha", "rank", "steps", "dtype", "model")
-        return Path(record["train"]["data"]).stem, *(record["train"][name] for name in names)
-
     text, curves = "", {}
-    for (data, alpha, rank, steps, dtype, _), lines in tables.grouped(read_lines("rates", results), of_table).items():
-        name, scale = data.partition("-")[0], alpha / rank
-        title = f"{name}, s = {scale:g}, {steps} steps in {dtype}"
-        by_cell = {(method_of(x), x["train"]["learning_rate"], x["train"]["seed"]): x for x in lines}
-        if name in PILOT and scale == 16:
-            text += beside_pilot(title, by_cell, pilot.load(Path(__file__).parent.parent / "results", PILOT[name]))
+    for group, by_cell in by_setting(results).items():
+        title = f"{group.name}, s = {group.scale:g}, {group.steps} steps in {group.dtype}"
+        if theirs := of_pilot(group):
+            text += beside_pilot(title, by_cell, theirs)
         table, shown = over_rates(title, by_cell)
         text += table
         curves |= {title: shown} if shown else {}
@@ -128,15 +153,24 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
     return text, Curves(rates, nats, over_steps)
 
 
-def beside_pilot(title: str, by_cell: Mapping[CellKey, Record], theirs: pilot.Setting) -> str:
-    """Returns a table of what was measured here at the pilot's rates next to its own numbers; nothing if nothing was.
+class Repeated(NamedTuple):
+    """A method at a rate of the pilot: its nats per token, and these minus AdamW's at the same rate, there and here."""
+
+    rate: float
+    method: str
+    seeds: int
+    nats: tuple[float, float]
+    minus_adamw: tuple[Estimate, Estimate]
+
+
+def repeated(by_cell: Mapping[CellKey, Record], theirs: pilot.Setting) -> list[Repeated]:
+    """Returns what was measured here at the pilot's rates next to its own numbers.
 
     Args:
-      title: of the table.
       by_cell: (method, rate, seed) -> line.
       theirs: the pilot's setting.
     """
-    rows, counts = [], set()
+    found = []
     for (index, rate), method in itertools.product(enumerate(pilot.RATES), pilot.METHODS):
         seeds = [seed for m, r, seed in by_cell if (m, r) == (method, rate) and ("AdamW", rate, seed) in by_cell]
         if not seeds:
@@ -144,16 +178,33 @@ def beside_pilot(title: str, by_cell: Mapping[CellKey, Record], theirs: pilot.Se
         lines = {name: [by_cell[name, rate, seed] for seed in seeds] for name in ("AdamW", method)}
         tokens = np.array(lines[method][0]["tokens"], float)
         ours = {name: np.array([[line["log_p"] for line in each]], float) for name, each in lines.items()}
-        both = [pilot.Setting({name: theirs.log_p[name][[index]] for name in ours}, theirs.tokens, {})]
-        both.append(pilot.Setting(ours, tokens, {}))
-        row = [f"{rate:g}", method, *(f"{setting.nats(method).mean():.3f}" for setting in both)]
-        at_the_rate = [pilot.told(pilot.compared(setting, pilot.over_rates, method)[0]) for setting in both]
-        rows.append(row + (["-", "-"] if method == "AdamW" else at_the_rate))
-        counts.add(len(seeds))
-    if not rows:
+        there = pilot.Setting({name: theirs.log_p[name][[index]] for name in ours}, theirs.tokens, {})
+        both = there, pilot.Setting(ours, tokens, {})
+        nats = [float(setting.nats(method).mean()) for setting in both]
+        minus = [pilot.compared(setting, pilot.over_rates, method)[0] for setting in both]
+        found.append(Repeated(rate, method, len(seeds), (nats[0], nats[1]), (minus[0], minus[1])))
+    return found
+
+
+def beside_pilot(title: str, by_cell: Mapping[CellKey, Record], theirs: pilot.Setting) -> str:
+    """Returns a table of `repeated`; nothing if nothing was.
+
+    Args:
+      title: of the table.
+      by_cell: (method, rate, seed) -> line.
+      theirs: the pilot's setting.
+    """
+    found = repeated(by_cell, theirs)
+    if not found:
         return ""
+    rows = [
+        [f"{each.rate:g}", each.method, *(f"{value:.3f}" for value in each.nats)]
+        + [pilot.told(minus) if each.method != "AdamW" else "-" for minus in each.minus_adamw]
+        for each in found
+    ]
     header = ("η", "method", "nats, pilot", "nats, here", "minus AdamW, pilot", "minus AdamW, here")
-    title = f"**{title}, beside the pilot**, {len(theirs.tokens)} questions, {tables.seeds_text(*counts)} here"
+    seeds = tables.seeds_text(*(each.seeds for each in found))
+    title = f"**{title}, beside the pilot**, {len(theirs.tokens)} questions, {seeds} here"
     return f"{title}\n\n{markdown(header, rows)}\n\n"
 
 
