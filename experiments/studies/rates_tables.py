@@ -18,8 +18,11 @@ LEGEND = """\
 *At the best rate*: nats per token of the reported questions minus AdamW's, each at the rate whose held-out nats are
 least over the seeds. ± is half a 95 % interval over seeds and questions together; p values of a column are corrected
 (Holm). *Edge*: the best rate is the grid's first or last, so a better one may lie outside. *Rates within 0.05*: whose
-nats are at most 0.05 above the method's own least. Only seeds that all methods and rates of a table have are in it. Of
-one seed, ± is over the questions alone. *Beside the pilot*: both minus AdamW's at the same rate, not corrected.
+nats are at most 0.05 above the method's own least. Only seeds that all methods and rates of a table have are in it.
+"""
+BESIDE = """\
+*Beside the pilot*: each cell that was measured here, and the pilot's own number. *Minus AdamW*: at the same rate, ±
+half a 95 % interval, of one seed over the questions alone, else over seeds and questions; not corrected.
 """
 # Settings of the pilot, by the names that they have here; its s is 16.
 PILOT = {"few": "few", "passes": "arc3", "fresh": "fresh"}
@@ -98,18 +101,21 @@ def report(results: Path) -> str:
         table, shown = over_rates(title, by_cell)
         text += table
         curves |= {title: shown} if shown else {}
+    if not text:
+        return ""
+    text += BESIDE if "beside the pilot" in text else ""
     if not curves:
-        return text + (LEGEND if text else "")
+        return text
     draw(results / "rates.png", curves)
     return f"{text}{LEGEND}\n![nats per token over the learning rate, and held-out nats over steps](rates.png)\n"
 
 
 def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
-    """Returns the table of the methods that have every rate, and what the figure shows; nothing of a single rate."""
+    """Returns the table of the methods that have every rate, and what the figure shows; nothing of a single one."""
     rates = sorted({rate for _, rate, _ in by_cell})
     methods = [name for name in dict.fromkeys(key[0] for key in by_cell) if _whole(by_cell, name, rates, range(1))]
     seeds = [s for s in sorted({key[2] for key in by_cell}) if all(_whole(by_cell, m, rates, [s]) for m in methods)]
-    if "AdamW" not in methods or len(rates) < 2:
+    if "AdamW" not in methods or len(methods) < 2 or len(rates) < 2:
         return "", None
 
     def grid(name: str, field: str) -> np.ndarray:
