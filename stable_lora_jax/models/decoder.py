@@ -52,7 +52,7 @@ class Placement(NamedTuple):
     local: Callable[[Callable[..., Array]], Callable[..., Array]] = lambda function: function
 
 
-_AS_IT_IS = Placement(weights=lambda path, params: params, rows=lambda hidden: hidden)
+AS_IT_IS = Placement(weights=lambda path, params: params, rows=lambda hidden: hidden)
 
 
 class Decoder(nnx.Module):
@@ -99,7 +99,7 @@ class Decoder(nnx.Module):
     ):
         self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
         self.attention: Attention = attention
-        self.placement = _AS_IT_IS
+        self.placement = AS_IT_IS
         width = config.hidden_size
 
         @nnx.split_rngs(splits=config.num_layers)

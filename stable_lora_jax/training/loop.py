@@ -165,7 +165,6 @@ def train(
         before_start = [line for line in directory.metrics() if line["step"] <= start] if start else []
         validated = [line["validation"]["loss"] for line in before_start if "validation" in line]
         step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
-        placement = placement_on(mesh) if mesh.size > 1 else None  # one of them: another would compile anew
         told_to_stop = max_across_processes(mesh)
         rows = BatchRows(batches, local_rows(by_rows, batches.num_rows))
         shown = progress and is_first()
@@ -191,9 +190,7 @@ def train(
                 if before is not None:
                     record.norms(state, before)
                 if validation and ((index + 1) % validation.every == 0 or index + 1 == total_steps):
-                    trained = join_model(graph, state.adapters, frozen)
-                    if placement:
-                        trained.placement = placement
+                    trained = join_model(graph, state.adapters, frozen, placement_on(mesh))
                     now = record.validate(index + 1, validation, trained)
                     validated.append(now.loss)
                     if keep_best:

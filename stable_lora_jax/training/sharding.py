@@ -5,6 +5,7 @@ layer by layer; ``tensor`` splits the weights' wide axes and the work on them. A
 and repeated everywhere.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from stable_lora_jax.models.decoder import Decoder, Placement
+from stable_lora_jax.models.decoder import AS_IT_IS, Decoder, Placement
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -136,12 +137,15 @@ def parameter_sharding(mesh: AnyMesh) -> Callable[[str, tuple[int, ...]], NamedS
     return sharding
 
 
+@functools.cache  # the same one for the same mesh: with another, what is compiled for it would be compiled anew
 def placement_on(mesh: Mesh) -> Placement:
-    """Returns where a step's arrays live while they are used.
+    """Returns where a step's arrays live while they are used; on one device, as they are.
 
     Weights come out whole over fsdp, and split over tensor as they were; activations stay split by rows. Left to
     itself, the partitioner may gather a batch instead of a weight, and hold results of the whole batch.
     """
+    if mesh.size == 1:
+        return AS_IT_IS
 
     def weights(path: str, params: Any) -> Any:
         def whole(inner: tuple[object, ...], leaf: jax.Array) -> jax.Array:

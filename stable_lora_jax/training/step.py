@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from stable_lora_jax.data import Batch
-from stable_lora_jax.models.decoder import Placement
+from stable_lora_jax.models.decoder import AS_IT_IS, Placement
 from stable_lora_jax.optim import StableLoraState
 from stable_lora_jax.optim.pairs import find_states
 from stable_lora_jax.training.loss import Loss
@@ -68,9 +68,11 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, Frozen]:
     return graph, nnx.as_pure(adapters), Frozen(nnx.as_pure(params), nnx.as_pure(random))
 
 
-def join_model(graph: nnx.GraphDef, adapters: nnx.State, frozen: Frozen) -> Any:
-    """Returns the model that `split_model` took apart; arrays are shared, not copied."""
-    return nnx.merge(graph, adapters, frozen.random, frozen.params)
+def join_model(graph: nnx.GraphDef, adapters: nnx.State, frozen: Frozen, placement: Placement = AS_IT_IS) -> Any:
+    """Returns the model that `split_model` took apart, with a placement; arrays are shared, not copied."""
+    model = nnx.merge(graph, adapters, frozen.random, frozen.params)
+    model.placement = placement
+    return model
 
 
 def init_state(adapters: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -86,7 +88,7 @@ def train_step(
     state: TrainState,
     frozen: Frozen,
     batch: Batch,
-    placement: Placement | None = None,
+    placement: Placement = AS_IT_IS,
 ) -> tuple[TrainState, StepMetrics]:
     """Returns the next state and the metrics of the step.
 
@@ -99,14 +101,11 @@ def train_step(
       state: where training stands; donate it.
       frozen: the base model.
       batch: B rows, B a multiple of `accumulate`.
-      placement: where arrays live while they are used; as they come if None.
+      placement: where arrays live while they are used.
     """
 
     def loss_sum(adapters: nnx.State, part: Batch, random: nnx.State) -> tuple[Array, Array]:
-        model = join_model(graph, adapters, Frozen(frozen.params, random))
-        if placement is not None:
-            model.placement = placement
-        return loss(model, part)
+        return loss(join_model(graph, adapters, Frozen(frozen.params, random), placement), part)
 
     def add_part(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
         index, part = numbered
@@ -149,9 +148,8 @@ def compile_step(
     """
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(graph, loss, optimizer, accumulate, state, frozen, batch, placement)
+        return train_step(graph, loss, optimizer, accumulate, state, frozen, batch, placement_on(mesh))
 
-    placement = placement_on(mesh) if mesh.size > 1 else None
     everywhere = replicated(mesh)
     return jax.jit(
         step,

@@ -116,11 +116,10 @@ def test_devices_share_the_examples():
     alone = evaluate(model, HELD_OUT)
     graph, adapters, frozen = split_model(model)
     frozen, adapters = to_mesh(frozen, place(mesh, frozen)), to_mesh(adapters, replicated(mesh))
-    placement, before = placement_on(mesh), likelihood._score_rows._cache_size()
+    before = likelihood._score_rows._cache_size()
     batches = eval_batches(HELD_OUT, max_tokens=4 * 2048, multiple=4)
     for _ in range(2):
-        shared = join_model(graph, adapters, frozen)
-        shared.placement = placement
+        shared = join_model(graph, adapters, frozen, placement_on(mesh))
         found = evaluate(shared, HELD_OUT)
         for ours, theirs in zip(found.log_likelihood, alone.log_likelihood, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
