@@ -108,10 +108,10 @@ class Cell:
     key: str = field(init=False)
 
     def __post_init__(self):
-        text = json.dumps(self.described(), sort_keys=True)
+        text = json.dumps(self.fingerprint(), sort_keys=True)
         object.__setattr__(self, "key", hashlib.sha256(text.encode()).hexdigest()[:16])
 
-    def described(self) -> Record:
+    def fingerprint(self) -> Record:
         """Returns what stands in the cell's line, and decides its key."""
         scored = {"score_on": self.score_on} | ({"scoring": self.scoring} if self.scoring else {})
         return {"train": fingerprint(self.train)} | scored
@@ -176,7 +176,7 @@ def run_group(group: Sequence[Cell], runs: Path, score: Score) -> Iterator[Recor
                 outcome["score_seconds"] = round(time.perf_counter() - start, 1)
             except NonFiniteScoreError as error:
                 outcome = {"failed": str(error)}
-        yield {"key": cell.key} | cell.described() | outcome | provenance()
+        yield {"key": cell.key} | cell.fingerprint() | outcome | provenance()
 
 
 def part_of(cells: Sequence[Cell], part: str) -> tuple[list[Cell], str]:

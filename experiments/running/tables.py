@@ -63,7 +63,7 @@ def task_of(record: Record) -> str:
 def setting(record: Record, *varied: str) -> str:
     """Returns all that a line was trained and scored with, but for the seed and what varies within a table."""
     # Read as today's configuration, so that lines from before an option existed are not of another setting.
-    whole = cell_of(record).described()
+    whole = cell_of(record).fingerprint()
     whole |= options_of(whole.pop("train"))
     return json.dumps({name: value for name, value in whole.items() if name not in ("seed", *varied)})
 

@@ -239,8 +239,8 @@ def main(config: SmallDecoderConfig) -> None:
             small = {"results": Path(folder), "settings": ("few",), "scales": (2.0,), "rates": (1e-3,), "seeds": 2}
             chosen = ("AdamW", "λ = 0.02", "rule: drift")
             return main(replace(config, **small, variants=chosen, steps=10, pretraining=2, smoke=False))
-    file, same = config.results / "small_decoder.jsonl", {"steps": config.steps, "pretraining": config.pretraining}
-    same |= {"seeds": config.seeds}
+    file = config.results / "small_decoder.jsonl"
+    same = {name: getattr(config, name) for name in ("steps", "pretraining", "seeds")}
     lines = lines_sharing(file, same)
     known = {(line["setting"], line["scale"], line["way"], rate) for line in lines for rate in line["rates"]}
     base = pretrained(config.pretraining)
