@@ -4,8 +4,8 @@ Question:  at each method's best learning rate, and over the whole grid, what do
            A₀ × 1/4 and decay on A, with few data and many passes, three passes, and fresh data, at s = 16 and at s = 2?
            Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
 Command:   python -m experiments.studies.rates    (--settings few --scales 16 --seeds 1; --part, --ray, --together)
-Hardware:  2 CPU cores, 6 GB. Minutes: 12 per cell, or 30 on the slowest cores so far; a setting and scale has 60 per
-           seed, 12 hours. One H100 with --together 60: about 25 for all 1360, by the pilot's 60 per minute.
+Hardware:  2 CPU cores, 6 GB. Minutes: 12 per cell, or 30 on the slowest cores so far; a setting and scale has 72 per
+           seed, 14 hours. One H100 with --together 60: about 30 for all 1632, by the pilot's 60 per minute.
 Expected:  (2026-11-27, 2026-11-29) in LOG.md.
 Observed:  three cells of the pilot so far, one seed: its numbers come back. AdamW 2.505 and 3.199 nats at its best rate
            and at four times that (pilot: 2.502, 3.217), λ = 0.002 there 0.415 better (0.428).
@@ -60,6 +60,8 @@ METHODS: Mapping[str, tuple[dict[str, Any], float]] = {
     "λ = 0.005": ({"method": "stable-lora", "lam": 0.005}, 0.0),
     "A₀ × 1/4": ({"method": "adamw", "a_scale": 0.25}, 0.0),
     "decay on A, 0.002 per step": ({"method": "adamw", "decay_only_a": True}, 0.002),
+    "decay on A and B, 0.001 per step": ({"method": "adamw"}, 0.001),
+    "rate of B × 1/4": ({"method": "lora-plus", "ratio": 0.25}, 0.0),
     "lora-plus": ({"method": "lora-plus"}, 0.0),
     "riemannian": ({"method": "riemannian"}, 0.0),
     "lora-rite": ({"method": "lora-rite"}, 0.0),

@@ -48,14 +48,16 @@ def method_of(record: Record) -> str:
     train = record["train"]
     if train["method"] == "stable-lora":
         return f"λ = {train['lam']:g}"
+    if train["method"] == "lora-plus" and train["ratio"] < 1:
+        return f"rate of B × 1/{1 / train['ratio']:g}"
     if train["method"] != "adamw":
         return train["method"]
     if train.get("eval_every"):
         return pilot.EARLY
     if train["a_scale"] != 1:
         return f"A₀ × 1/{1 / train['a_scale']:g}"
-    if train.get("decay_only_a"):
-        return f"decay on A, {train['weight_decay'] * train['learning_rate']:g} per step"
+    if decay := train["weight_decay"] * train["learning_rate"]:
+        return f"decay on A{'' if train['decay_only_a'] else ' and B'}, {decay:g} per step"
     return "AdamW"
 
 

@@ -1,10 +1,10 @@
-"""Small decoder: rules without λ, fixed λ, a smaller start and decay, over a grid of rates.
+"""Small decoder: rules without λ, fixed λ, other starts and decay, over a grid of rates.
 
 Question:  with few data and with fresh data, at s = 2 and at s = 16, which ways to make A small are better than AdamW
            at its own best rate, and is one rule without λ better than every fixed λ and than A₀ × 1/4 in all four?
 Command:   python -m experiments.studies.small_decoder
-Hardware:  2 CPU cores, 2 GB. Minutes: 90; half of it with --scales 16.
-Expected:  (2026-11-27) in LOG.md.
+Hardware:  2 CPU cores, 2 GB. Minutes: 110; half of it with --scales 16.
+Expected:  (2026-11-27, 2026-11-29) in LOG.md.
 
 A decoder of three layers of width 64 over bytes is pretrained on Social IQA's questions and answers, and adapted by
 LoRA (r = 8 on q and v) to ARC-Easy's: 200 steps of 8 windows of 64 bytes, from 256 windows (few: 6 passes) or from
@@ -14,14 +14,19 @@ split: rate and, where one stops early, step are chosen on one half of them, and
 Two rules are tried. "horizon" closes the expected gap evenly until the last step; the pilot on a real model refuted it
 at s = 16. "drift" knows s: it removes of A, in each step, a quarter of s √r times the root mean square of what B moves
 by, which is about how far the step moves a unit output; so it is large where rates are too high.
+
+Two ways change A's size without shrinking it. "A₀ = 0, B₀ random" (of variance 1/r) has the other half random (Hayou et
+al., arXiv 2406.08447). "‖A‖ kept" scales A back to the norm of its start after each step: the idea of normalising A, as
+NoRA does (arXiv 2608.31036), but not that paper's algorithm.
 """
 
+import dataclasses
 import functools
 import math
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +76,22 @@ class SmallDecoderConfig:
 
 @dataclass(frozen=True)
 class Way:
-    """What a way changes of AdamW: λ, A₀'s factor, A's decay per step at the peak, B's factor of η, or a rule."""
+    """What a way changes of AdamW.
+
+    Attributes:
+      lam: λ.
+      a_scale: A₀'s factor.
+      decay: of A, per step at the peak.
+      rate_b: B's factor of η.
+      b_scale: B₀'s factor of a random matrix of variance 1/r.
+      rule: what scales A after a step: horizon, drift, keep (its norm) or nothing.
+    """
 
     lam: float = 0.0
     a_scale: float = 1.0
     decay: float = 0.0
     rate_b: float = 1.0
+    b_scale: float = 0.0
     rule: str = ""
 
 
@@ -94,6 +109,8 @@ def ways(scale: float) -> Mapping[str, Way]:
         "η of B × 1/4": Way(rate_b=0.25),
         "rule: horizon": Way(rule="horizon"),
         "rule: drift": Way(rule="drift"),
+        "A₀ = 0, B₀ random": Way(a_scale=0.0, b_scale=1.0),
+        "‖A‖ kept": Way(rule="keep"),
     }
 
 
@@ -161,14 +178,18 @@ def shrinks(rule: str, scale: float, step: Array, steps: int, gap: Array, moved:
     return jnp.exp(-jnp.maximum(0.0, expected) / jnp.maximum(1, steps - step))
 
 
+def norms(stack: Array) -> Array:
+    """Returns the Frobenius norm of each layer's matrix."""
+    return jnp.sqrt(jnp.sum(stack**2, axis=(1, 2)))
+
+
 def gap(a: Array, b: Array) -> Array:
     """Returns (‖A‖/n)/(‖B‖/m) of each layer; infinite while B is 0."""
-    norm_a, norm_b = (jnp.sqrt(jnp.sum(x**2, axis=(1, 2))) for x in (a, b))
-    return (norm_a / a.shape[1]) / (norm_b / b.shape[2])
+    return (norms(a) / a.shape[1]) / (norms(b) / b.shape[2])
 
 
 def runner(config: SmallDecoderConfig, base: Decoder, setting: str, scale: float, rule: str) -> Any:
-    """Returns the compiled runs of rates and all seeds: (rates, λ, A₀'s factor, decay, B's factor) -> nats per byte.
+    """Returns the compiled runs of rates and all seeds: (rates, the numbers of a `Way` in order) -> nats per byte.
 
     The nats are (rates, seeds, marks, halves): at ten steps, on the two halves of the held-out windows.
     """
@@ -188,8 +209,11 @@ def runner(config: SmallDecoderConfig, base: Decoder, setting: str, scale: float
 
     def run(way: Way, rate: Array, key: Array, order: Array) -> Array:
         adapters, frozen = (nnx.as_pure(part) for part in start(key)[1:])
-        for name in MODULES:
-            adapters["layers"]["self_attn"][name]["lora_a"] *= way.a_scale
+        for number, name in enumerate(MODULES):
+            of = adapters["layers"]["self_attn"][name]
+            drawn = jax.random.normal(jax.random.fold_in(key, number), of["lora_b"].shape)
+            of["lora_a"] *= way.a_scale
+            of["lora_b"] += way.b_scale * RANK**-0.5 * drawn
         adam = optax.adam(lambda count: rate * shape(count))
         optimizer: Any = optax.chain(optax.clip_by_global_norm(1.0), adam)
         shrink = stable_lora_shrink(way.lam, stack_axes="leading")
@@ -205,7 +229,10 @@ def runner(config: SmallDecoderConfig, base: Decoder, setting: str, scale: float
                 of, moved = (tree["layers"]["self_attn"][name] for tree in (adapters, updates))
                 moved["lora_b"] *= way.rate_b
                 moved["lora_a"] -= way.decay * shape(count) * of["lora_a"]
-                if rule:
+                if rule == "keep":
+                    new = of["lora_a"] + moved["lora_a"]
+                    moved["lora_a"] = (norms(of["lora_a"]) / norms(new))[:, None, None] * new - of["lora_a"]
+                elif rule:
                     of_pair = gap(of["lora_a"], of["lora_b"])
                     stable[name] |= of_pair < 1
                     factor = shrinks(rule, scale, count, config.steps, of_pair, moved["lora_b"])
@@ -226,8 +253,8 @@ def runner(config: SmallDecoderConfig, base: Decoder, setting: str, scale: float
     keys = jnp.stack([jax.random.key(seed) for seed in range(config.seeds)])
 
     @jax.jit
-    def all_of_them(rates: Array, lam: float, a_scale: float, decay: float, rate_b: float) -> Array:
-        of_seeds = jax.vmap(functools.partial(run, Way(lam, a_scale, decay, rate_b)), in_axes=(None, 0, 0))
+    def all_of_them(rates: Array, *numbers: float) -> Array:
+        of_seeds = jax.vmap(functools.partial(run, Way(*numbers)), in_axes=(None, 0, 0))
         return jax.vmap(of_seeds, in_axes=(0, None, None))(rates, keys, orders)
 
     return all_of_them
@@ -237,8 +264,8 @@ def main(config: SmallDecoderConfig) -> None:
     if config.smoke:
         with tempfile.TemporaryDirectory() as folder:
             small = {"results": Path(folder), "settings": ("few",), "scales": (2.0,), "rates": (1e-3,), "seeds": 2}
-            chosen = ("AdamW", "λ = 0.02", "rule: drift")
-            return main(replace(config, **small, variants=chosen, steps=10, pretraining=2, smoke=False))
+            chosen = ("AdamW", "λ = 0.02", "rule: drift", "A₀ = 0, B₀ random", "‖A‖ kept")
+            return main(dataclasses.replace(config, **small, variants=chosen, steps=10, pretraining=2, smoke=False))
     file = config.results / "small_decoder.jsonl"
     same = {name: getattr(config, name) for name in ("steps", "pretraining", "seeds")}
     lines = lines_sharing(file, same)
@@ -254,8 +281,8 @@ def main(config: SmallDecoderConfig) -> None:
                 begun = time.perf_counter()
                 if way.rule not in compiled:
                     compiled[way.rule] = runner(config, base, setting, scale, way.rule)
-                numbers = (jnp.array(rates), way.lam, way.a_scale, way.decay, way.rate_b)
-                found = np.round(np.asarray(compiled[way.rule](*numbers), float), 5).tolist()
+                *numbers, _ = dataclasses.astuple(way)
+                found = np.round(np.asarray(compiled[way.rule](jnp.array(rates), *numbers), float), 5).tolist()
                 told = {"setting": setting, "scale": scale, "way": name, "rates": rates, "nats": found}
                 seconds = round(time.perf_counter() - begun, 1)
                 append(file, told | same | {"seconds": seconds} | provenance())

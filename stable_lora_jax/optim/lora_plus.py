@@ -35,7 +35,7 @@ def lora_plus(
 
     Args:
       learning_rate: η, a number or a schedule; the ratio holds at every step of it.
-      ratio: η_B/η_A, >= 1.
+      ratio: η_B/η_A, >= 0. LoRA+ is a ratio above 1; one below slows B down.
       b1, b2, eps: as in `optax.adamw`.
       weight_decay: decoupled, scaled by each factor's own learning rate.
       labels, stack_axes: which leaves are A and B; see `find_pairs`.
@@ -55,7 +55,7 @@ def lora_plus(
       Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024, arXiv 2402.12354, section 4.
     """
     check_range(
-        "ratio", ratio, 1, math.inf, "It is the learning rate of B over that of A; LoRA+ advises about 16, 1 is AdamW."
+        "ratio", ratio, 0, math.inf, "It is the learning rate of B over that of A; LoRA+ advises about 16, 1 is AdamW."
     )
     check_adam(b1, b2, eps, weight_decay)
 

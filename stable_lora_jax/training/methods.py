@@ -68,7 +68,7 @@ def make_optimizer(
       method: one of `METHODS`.
       learning_rate: a number or a schedule.
       lam: λ of stable-lora, in [0, 1), or a schedule; the other methods have none.
-      ratio: learning rate of B over that of A in lora-plus, >= 1; the other methods have none.
+      ratio: learning rate of B over that of A in lora-plus, >= 0; the other methods have none.
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global norm of the gradients, > 0; infinity clips nothing.
       stop_when_stable: False lets stable-lora shrink A to the end of the run (the paper's ablation).

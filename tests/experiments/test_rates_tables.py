@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from experiments.studies import pilot, rates_tables
+from experiments.studies import pilot, rates, rates_tables
+from stable_lora_jax.finetune.config import options_of
 from tests.experiments.test_pilot import RESULTS
 
 METHODS = ("AdamW", "λ = 0.002", "A₀ × 1/4")
@@ -63,6 +64,12 @@ def test_methods_without_every_rate_are_left_out(few):
     adamw, shrunk = rows_of(text)
     assert adamw[1:5] == ["2.502", "2.736", "3.217", "6.25e-05 (edge)"]
     assert shrunk[1:5] == ["2.529", "2.552", "2.790", "6.25e-05 (edge)"]
+
+
+def test_lines_are_told_by_their_methods_names(tmp_path):
+    config = rates.RatesConfig(settings=("few",), scales=(16.0,), rates=(1.25e-4,), seeds=1, runs=tmp_path / "runs")
+    lines = [{"train": options_of(cell.fingerprint()["train"])} for cell in rates.cells(config)]
+    assert [rates_tables.method_of(line) for line in lines] == list(rates.METHODS)
 
 
 def test_nothing_is_told_of_a_single_rate(few):

@@ -289,8 +289,8 @@ def test_balance_ends_at_equal_norms_and_keeps_the_product():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lora_plus(1e-3, 0.5), "ratio=0.5 is not in [1, inf). It is the learning rate of B over that of A"),
-        (lambda: lora_plus(1e-3, float("nan")), "ratio=nan is not in [1, inf)"),
+        (lambda: lora_plus(1e-3, -4.0), "ratio=-4.0 is not in [0, inf). It is the learning rate of B over that of A"),
+        (lambda: lora_plus(1e-3, float("nan")), "ratio=nan is not in [0, inf)"),
         (lambda: lora_plus(1e-3, 4.0, b1=1.0), "b1=1.0 is not in [0, 1). It is the decay rate of a moment"),
         (lambda: riemannian_adamw(1e-3, eps=-1.0), "eps=-1.0 is not in [0, inf). It keeps a division"),
         (lambda: scale_by_riemannian(-1.0), "reg=-1.0 is not in [0, inf). reg is added to the diagonal"),
