@@ -46,6 +46,7 @@ METHODS = {
 EARLY = "AdamW, stopped early"
 RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
 SETTINGS = {"few": 3, "arc3": 2, "fresh": 2}  # and their seeds
+LENGTHS = (20, 40, 60, 80, 100)  # % of the run after which AdamW was scored
 SHOWN = ("AdamW", "λ = 0.0005", "λ = 0.002", "λ = 0.005", "A₀ × 1/4", "decay on A, 0.002 per step")
 WIDE = 0.05  # nats per token above a method's best that still count as good
 Summed = np.ndarray  # (seeds, questions): summed log p of the right answers
@@ -71,7 +72,7 @@ class Setting:
 
 
 def load(results: Path, name: str) -> Setting:
-    """Returns the runs of a setting; AdamW stopped early stands with 25 "rates": five rates at five lengths each."""
+    """Returns the runs of a setting; AdamW stopped early has 25 "rates": the five at each of `LENGTHS`."""
     files = [np.load(results / "pilot" / f"{name}{seed}.npz") for seed in range(SETTINGS[name])]
     tokens = files[0]["count"].astype(float)
 
@@ -156,7 +157,7 @@ def report(results: Path) -> str:
         header += ("mean of the rates, minus AdamW", "p", f"rates within {WIDE}", "accuracy, %")
         text += f"**{name}**, {len(setting.tokens)} questions, {SETTINGS[name]} seeds\n\n{markdown(header, rows)}\n\n"
     draw(results)
-    return f"{text}{LEGEND}\n![nats per token over the learning rate](pilot.png)\n"
+    return f"{text}{LEGEND}\n![nats per token over the learning rate, and over AdamW's steps](pilot.png)\n"
 
 
 LEGEND = """\
@@ -167,9 +168,10 @@ most 0.05 above the method's own best. *Accuracy*: per token, at the rate of lea
 
 
 def draw(results: Path) -> None:
-    """Writes the figure: a panel per setting, nats per token over η."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    for ax, name in zip(figure.subplots(1, len(SETTINGS)), SETTINGS, strict=True):
+    """Writes the figure: a column per setting; above, nats per token over η, below, AdamW's while it trains."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    above, below = figure.subplots(2, len(SETTINGS))
+    for ax, under, name in zip(above, below, SETTINGS, strict=True):
         setting = load(results, name)
         for method in SHOWN:
             nats = setting.nats(method)
@@ -177,8 +179,13 @@ def draw(results: Path) -> None:
         ax.set(xscale="log", xlabel="peak learning rate η", title=name)
         shown = np.stack([setting.nats(method).mean(1) for method in SHOWN])
         ax.set_ylim(shown.min() - 0.02, min(shown.max() + 0.02, shown.min() + 1))
-    figure.axes[0].set_ylabel("nats per token of the right answers")
-    figure.axes[0].legend(fontsize=8)
+        over_steps = setting.nats(EARLY).mean(1).reshape(len(LENGTHS), len(RATES))
+        for number, rate in enumerate(RATES):
+            under.plot(LENGTHS, over_steps[:, number], marker="o", markersize=3.5, label=f"η = {rate:g}")
+        under.set(xlabel="share of the run, %", title="AdamW while it trains")
+    for axes in (above, below):
+        axes[0].set_ylabel("nats per token of the right answers")
+        axes[0].legend(fontsize=8)
     figure.savefig(results / "pilot.png", dpi=110)
 
 
@@ -192,5 +199,14 @@ def p_text(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}" if value >= 0.0005 else "<0.001"
 
 
+def main(results: Path = Path("experiments/results")) -> None:
+    """Make the tables and the figure of the pilot's runs.
+
+    Args:
+      results: folder of the runs, in pilot/, and of the figure.
+    """
+    print(report(results))
+
+
 if __name__ == "__main__":
-    tyro.cli(lambda results=Path("experiments/results"): print(report(results)))
+    tyro.cli(main)

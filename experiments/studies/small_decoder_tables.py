@@ -25,7 +25,7 @@ half, and as the mean of the whole grid. p values are of paired t tests, correct
 def report(results: Path) -> str:
     """Returns the tables, one per setting and scale, and draws the figure."""
     lines = read_metrics(results / "small_decoder.jsonl")
-    text, valleys = "", {}
+    text, shown = "", {}
     for (setting, scale), group in tables.grouped(lines, lambda line: (line["setting"], line["scale"])).items():
         found = {way: over_all_rates(of_way) for way, of_way in tables.grouped(group, lambda line: line["way"]).items()}
         if "AdamW" not in found:
@@ -49,13 +49,14 @@ def report(results: Path) -> str:
         header = ("way", "chosen η", "nats per byte", "minus AdamW", "p", "mean of rates minus AdamW", "p", "wide")
         runs = f"{group[0]['steps']} steps, {tables.seeds_text(found['AdamW'].shape[1])}"
         text += f"**{title}**, {runs}\n\n{markdown(header, rows)}\n\n"
-        valleys[title] = rates, {name: nats[:, :, -1].mean((1, 2)) for name, nats in found.items()}
+        shown[title] = {name: (rates, nats.mean((1, 3)), best[name]) for name, nats in found.items()}
     if not text:
         return ""
-    draw(results / "small_decoder.png", valleys)
+    draw(results / "small_decoder.png", shown)
     minutes = sum(line["seconds"] for line in lines) / 60
     made = " and ".join(sorted({line["machine"]["cpu"] for line in lines}))
-    return f"{text}{LEGEND}\nMeasured on {made}, {minutes:.0f} minutes.\n\n![nats over the rate](small_decoder.png)\n"
+    text += f"{LEGEND}\nMeasured on {made}, {minutes:.0f} minutes.\n\n"
+    return f"{text}![nats over the rate, and over the steps](small_decoder.png)\n"
 
 
 def over_all_rates(lines: list[dict[str, Any]]) -> np.ndarray:
@@ -81,17 +82,27 @@ def _minus(of: dict[str, np.ndarray], baseline: str) -> dict[str, tuple[str, str
     }
 
 
-def draw(path: Path, valleys: dict[str, tuple[list[float], dict[str, np.ndarray]]]) -> None:
-    """Writes the figure: a panel per table, nats per byte over η."""
-    figure = Figure(figsize=(5 * len(valleys), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(valleys), squeeze=False)[0]
-    for ax, (title, (rates, found)) in zip(axes, valleys.items(), strict=True):
-        for number, (name, nats) in enumerate(found.items()):
-            ax.plot(rates, nats, "o-" if number < 10 else "o--", color=f"C{number % 10}", markersize=3, label=name)
-        low = min(nats.min() for nats in found.values())
+def draw(path: Path, shown: dict[str, dict[str, tuple[list[float], np.ndarray, int]]]) -> None:
+    """Writes the figure: a column per table; above, nats per byte over η, below, over the run, each at its chosen η.
+
+    Args:
+      path: the file.
+      shown: title -> way -> (its rates, its nats (rates, marks), the chosen rate's index).
+    """
+    figure = Figure(figsize=(5 * len(shown), 8.8), layout="constrained")
+    above, below = figure.subplots(2, len(shown), squeeze=False)
+    for ax, under, (title, found) in zip(above, below, shown.items(), strict=True):
+        for number, (name, (rates, nats, chosen)) in enumerate(found.items()):
+            line = {"color": f"C{number % 10}", "markersize": 3, "label": name}
+            style, share = "o-" if number < 10 else "o--", 100 * np.arange(1, nats.shape[1] + 1) / nats.shape[1]
+            ax.plot(rates, nats[:, -1], style, **line)
+            under.plot(share, nats[chosen], style, **line)
+        low = min(nats[:, -1].min() for _, nats, _ in found.values())
         ax.set_xscale("log")
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set(xlabel="peak learning rate η", title=title, ylim=(low - 0.01, low + 0.3))
-    axes[0].set_ylabel("nats per byte")
-    axes[-1].legend(fontsize=7)
+        under.set(xlabel="share of the run, %", title="each at its chosen η", ylim=(low - 0.01, low + 0.3))
+    above[0].set_ylabel("nats per byte")
+    below[0].set_ylabel("nats per byte")
+    below[-1].legend(fontsize=7)
     figure.savefig(path, dpi=110)

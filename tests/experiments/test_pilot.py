@@ -20,7 +20,9 @@ def test_the_curves(few):
     np.testing.assert_allclose(few.nats("λ = 0.005").mean(1), [2.7230, 2.5211, 2.7847, 3.4476, 3.8080], atol=5e-5)
     accuracy = 100 * few.correct["rate of B × 1/4"].mean((1, 2))
     np.testing.assert_allclose(accuracy, [64.5, 65.2, 65.1, 63.7, 60.6], atol=0.051)
-    assert len(few.log_p[pilot.EARLY]) == 25
+    while_it_trains = few.nats(pilot.EARLY).mean(1).reshape(len(pilot.LENGTHS), len(pilot.RATES))
+    np.testing.assert_allclose(while_it_trains[0], [2.5145, 2.4781, 2.4941, 2.5544, 2.6655], atol=5e-5)
+    np.testing.assert_array_equal(while_it_trains[-1], few.nats("AdamW").mean(1))
 
 
 @pytest.mark.parametrize(
