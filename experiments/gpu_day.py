@@ -12,8 +12,10 @@ The order is that of what is missed most. Every program trains the seeds of one 
 its lines are written before the next begins.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -72,22 +74,38 @@ def report(results: Path) -> str:
     return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 
+def visit(config: GpuDayConfig, small: Mapping[str, dict[str, Any]]) -> None:
+    """Runs what is missing of the question sets, of target modules, of lengths and of rates.
+
+    Args:
+      config: the options; the studies after the first get what all of them have, and the first task.
+      small: study -> what else is smaller in a smoke test.
+    """
+    run_cells("gpu_day", cells(config), config)
+    names = {each.name for each in fields(Options)} - {"methods", "steps"}
+    shared: dict[str, Any] = {name: getattr(config, name) for name in names} | {"tasks": config.tasks[:1]}
+    of_targets: dict[str, Any] = {"steps": config.steps, "seeds": config.seeds}
+    of_lengths: dict[str, Any] = {"steps": config.steps, "lengths": config.lengths}
+    of_rates: dict[str, Any] = {"together": 1 + config.together // 2}  # its rows are longer
+    modules = targets.TargetsConfig(**shared | of_targets | small.get("targets", {}))
+    run_cells("targets", targets.cells(modules), modules)
+    lengths = ablation.AblationConfig(**shared | of_lengths | small.get("lengths", {}))
+    run_cells("ablation", ablation.cells(lengths), lengths)
+    rates.main(rates.RatesConfig(**shared | of_rates | small.get("rates", {})))
+
+
 def main(config: GpuDayConfig) -> None:
     if config.smoke:
-        with smoke(config, seeds=2, together=1, methods=("adamw", "stable-lora"), minutes=None) as small:
-            run_cells("gpu_day", cells(small), small)
-            print(report(small.results))
+        few = {"methods": ("adamw", "stable-lora"), "seeds": 2, "lengths": (1,)}
+        with smoke(config, together=2, minutes=None, **few) as tiny:
+            of_lengths = {"lams": (0.05,), "controls": (), "seeds": 1}  # each alone, so with checkpoints to resume from
+            grid = {"variants": ("AdamW", "A₀ × 1/4"), "rates": (1e-3, 2e-3), "scales": (2.0, 16.0), "seeds": 1}
+            of_rates = grid | {"settings": ("few",), "held_out": 4, "steps": tiny.steps}
+            visit(tiny, {"targets": {"targets": ("qkvogud",)}, "lengths": of_lengths, "rates": of_rates})
+            print(report(tiny.results))
         return
-    shared = {"results": config.results, "runs": config.runs, "model": config.model, "dtype": config.dtype}
-    shared |= {"together": config.together, "minutes": config.minutes}
     with compilation_cache(cache_dir() / "compiled"):
-        run_cells("gpu_day", cells(config), config)
-        three = {"tasks": ("arc_easy",), "steps": config.steps}
-        target = replace(targets.TargetsConfig(), **shared | three, seeds=config.seeds)
-        run_cells("targets", targets.cells(target), target)
-        lengths = replace(ablation.AblationConfig(), **shared, lengths=config.lengths)
-        run_cells("ablation", ablation.cells(lengths), lengths)
-        rates.main(replace(rates.RatesConfig(), **shared | {"together": 1 + config.together // 2}))
+        visit(config, {})
     print(report(config.results))
 
 

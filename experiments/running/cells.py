@@ -22,19 +22,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from filelock import FileLock
 
-from experiments.running.bases import shared_base
 from experiments.running.provenance import provenance
-from stable_lora_jax.data import Question, encode_all, load_jsonl, load_task, load_tokenizer
-from stable_lora_jax.evaluation import NonFiniteScoreError, evaluate
+from experiments.running.shared import scored, shared_questions, trained_model
+from stable_lora_jax.evaluation import NonFiniteScoreError
 from stable_lora_jax.finetune import (
     MethodConfig,
     RunConfig,
     finetune,
     fingerprint,
-    load_with_adapter,
     numbers_of,
     options_of,
-    training_items,
 )
 from stable_lora_jax.training import NonFiniteLossError, RunDirectory, read_metrics, stop_steps
 
@@ -194,23 +191,9 @@ def part_of(cells: Sequence[Cell], part: str) -> tuple[list[Cell], str]:
 def score_questions(cell: Cell, directory: Path) -> Record:
     """Returns accuracy and likelihood of a trained cell, and which questions it has right."""
     base = cell.train.model
-    model = load_with_adapter(base.name, directory, base.dtype, base.quantize, shared_base(base))
-    examples = encode_all(load_tokenizer(base.name), questions(cell), cell.train.data.prompt_format)
-    scores = evaluate(model, examples)
+    scores = scored(trained_model(base, directory), shared_questions(base.name, cell.train.data, cell.score_on))
     right = {"correct_sum": bits(scores.correct_sum), "correct_token": bits(scores.correct_token)}
     return {key: round(value, 6) for key, value in scores.summary().items()} | right
-
-
-def questions(cell: Cell) -> list[Question]:
-    """Returns the questions that a cell is scored on."""
-    data = cell.train.data
-    if cell.score_on.endswith((".jsonl", ".jsonl.gz")):
-        items = load_jsonl(cell.score_on)
-    elif cell.score_on == "holdout":
-        _, items = training_items(cell.train)
-    else:
-        items = load_task(data.name, cell.score_on, source=data.source)
-    return [item for item in items if isinstance(item, Question)]
 
 
 def bits(right: Iterable[bool]) -> str:

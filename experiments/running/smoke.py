@@ -75,7 +75,7 @@ def tiny_model(directory: Path) -> Path:
 def check_resume(config: Options) -> None:
     """Raises RuntimeError unless a finished run, put back to its step 2, goes on to the same adapter and stops."""
     lines = (line for file in config.results.glob("*.jsonl") for line in read_lines(file.stem, config.results))
-    line = next(line for line in lines if "train" in line)
+    line = next(line for line in lines if "train" in line and "together" not in line)  # those keep no checkpoints
     cell = cell_of(line)
     (whole,) = config.runs.glob(f"*/{cell.key}")
     again = config.runs.with_name("again") / cell.key

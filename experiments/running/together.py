@@ -7,11 +7,10 @@ from typing import Any
 import optax
 from flax import nnx
 
-from experiments.running.bases import shared_base
+from experiments.running.shared import shared_base, shared_examples
 from stable_lora_jax.finetune import (
     RunConfig,
     inject_adapters,
-    load_training_examples,
     total_steps,
     training_batches,
     update_rule,
@@ -21,7 +20,7 @@ from stable_lora_jax.models import Decoder
 from stable_lora_jax.training import RunDirectory, SweepPoint, make_loss, split_model, train_sweep
 
 # What may differ within a group.
-VARYING = {"learning_rate", "alpha", "lam", "ratio", "seed"}
+VARYING = {"learning_rate", "alpha", "lam", "ratio", "weight_decay", "a_scale", "seed"}
 
 
 def train_together(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
@@ -29,7 +28,7 @@ def train_together(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     start, first = time.perf_counter(), configs[0]
     if first.schedule.eval_every is not None:
         raise ValueError("Runs that validate while they train are not trained together. Leave --together out.")
-    examples = load_training_examples(first)
+    examples = shared_examples(first.model, first.data)
     batches = [training_batches(config, examples) for config in configs]
     total = total_steps(first, batches[0].steps_per_epoch)
     models = [inject_adapters(shared_base(first.model), config.adapter, config.schedule.seed) for config in configs]
@@ -57,7 +56,7 @@ def train_together(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
 def _rule(config: RunConfig, total: int, point: SweepPoint) -> optax.GradientTransformation:
     own = {"lam": point.lam, "ratio": point.ratio}
     lam, ratio = (value if getattr(config.method, name) is not None else None for name, value in own.items())
-    return update_rule(config, total, point.learning_rate, lam, ratio)[0]
+    return update_rule(config, total, point.learning_rate, lam, ratio, point.weight_decay)[0]
 
 
 def _point(config: RunConfig, model: Decoder) -> SweepPoint:
@@ -65,4 +64,4 @@ def _point(config: RunConfig, model: Decoder) -> SweepPoint:
     if others:
         raise ValueError("Modules of different scales are not trained together. Leave --together out.")
     own = {name: value for name in ("lam", "ratio") if (value := getattr(config.method, name)) is not None}
-    return SweepPoint(config.schedule.learning_rate, scale, **own)
+    return SweepPoint(config.schedule.learning_rate, scale, weight_decay=config.method.weight_decay, **own)

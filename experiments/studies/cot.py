@@ -21,10 +21,10 @@ import tyro
 from experiments.running import tables
 from experiments.running.cells import Cell, Options, Record, bits, read_lines, run_cells, training
 from experiments.running.markdown import markdown
+from experiments.running.shared import scored, trained_model
 from experiments.running.smoke import smoke
 from stable_lora_jax.data import Completion, encode_all, load_jsonl, load_tokenizer
-from stable_lora_jax.evaluation import evaluate, exact_match
-from stable_lora_jax.finetune import load_with_adapter
+from stable_lora_jax.evaluation import exact_match
 from stable_lora_jax.models import generate
 
 AT_ONCE = 64  # problems answered at once
@@ -90,10 +90,9 @@ def cells(config: CotConfig, prompt: str = PROMPT, rank: int = 8, **others: Any)
 
 def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
     """Returns the share of problems whose generated answer ends in the right number, which ones, and the nats."""
-    base = cell.train.model
-    model, tokenizer = load_with_adapter(base.name, directory, base.dtype), load_tokenizer(base.name)
+    model, tokenizer = trained_model(cell.train.model, directory), load_tokenizer(cell.train.model.name)
     problems = [item for item in load_jsonl(cell.score_on) if isinstance(item, Completion)]
-    nats = evaluate(model, encode_all(tokenizer, problems)).nll_token
+    nats = scored(model, encode_all(tokenizer, problems)).nll_token
     prompts = tokenizer([p.prompt for p in problems], add_special_tokens=True, verbose=False)["input_ids"]
     answers: list[list[int]] = []
     options: Any = {"max_new_tokens": config.max_new_tokens, "eos_id": tokenizer.eos_token_id}

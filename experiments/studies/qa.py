@@ -23,11 +23,11 @@ from pathlib import Path
 
 import tyro
 
-from experiments.running.cells import Cell, Options, Record, append, questions, read_lines, run_cells, training
+from experiments.running.cells import Cell, Options, Record, append, read_lines, run_cells, training
 from experiments.running.provenance import provenance
+from experiments.running.shared import questions, shared_questions
 from experiments.running.smoke import smoke
 from experiments.studies.qa_tables import report
-from stable_lora_jax.data import encode_all, load_tokenizer
 from stable_lora_jax.evaluation import evaluate
 from stable_lora_jax.finetune import load_with_adapter
 from stable_lora_jax.training import METHODS
@@ -95,12 +95,12 @@ def reported_cells(config: QaConfig, task: str, method: str, numbers: dict[str, 
 
 def references(config: QaConfig, task: str) -> None:
     """Adds the lines of what needs no training, where they are missing: the base model and the longest answer."""
-    file, like = config.results / "qa_references.jsonl", Cell(train=training(config, task), score_on=config.score_on)
+    file = config.results / "qa_references.jsonl"
     known = {"data": task, "score_on": config.score_on, "model": config.model, "dtype": config.dtype}
     if any(line.items() >= known.items() for line in read_lines("qa_references", config.results)):
         return
-    asked = questions(like)
-    examples = encode_all(load_tokenizer(config.model), asked)
+    data = training(config, task).data
+    asked, examples = questions(data, config.score_on), shared_questions(config.model, data, config.score_on)
     base = evaluate(load_with_adapter(config.model, None, config.dtype), examples).summary()
     longest = [max(range(len(q.choices)), key=lambda i, q=q: len(q.choices[i])) == q.answer_index for q in asked]
     append(file, known | {"base": base, "longest_answer": sum(longest) / len(longest)} | provenance())

@@ -28,14 +28,13 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.running.bases import shared_base
 from experiments.running.cells import Cell, Options, Record, bits, run_cells, training
+from experiments.running.shared import scored, trained_model
 from experiments.running.smoke import smoke
 from experiments.studies.pilot import EARLY
 from experiments.studies.rates_tables import report
-from stable_lora_jax.data import encode_all, hold_out, load_jsonl, load_task, load_tokenizer
-from stable_lora_jax.evaluation import Evaluation, evaluate
-from stable_lora_jax.finetune import load_with_adapter
+from stable_lora_jax.data import Encoded, encode_all, hold_out, load_jsonl, load_task, load_tokenizer
+from stable_lora_jax.evaluation import Evaluation
 from stable_lora_jax.training import RunDirectory
 
 # setting -> (task, questions trained on or None for all, steps)
@@ -144,18 +143,21 @@ def cells(config: RatesConfig) -> list[Cell]:
     return found
 
 
+@functools.lru_cache(maxsize=1)
+def scored_questions(model: str, task: str, split: str, held_out: int) -> tuple[list[Encoded], list[Encoded]]:
+    """Returns the questions that rates are chosen on, and those that are reported, as token numbers."""
+    tokenizer, (_, chosen_on) = load_tokenizer(model), hold_out(questions_of(task, "train"), held_out)
+    return encode_all(tokenizer, chosen_on), encode_all(tokenizer, questions_of(task, split))
+
+
 def score(cell: Cell, directory: Path, config: RatesConfig) -> Record:
     """Returns each reported question's log p and tokens of the right answer, and the nats of the held-out ones.
 
     Of a run that may be stopped early, also those of its validations, by step.
     """
-    base = cell.train.model
-    model = load_with_adapter(base.name, directory, base.dtype, base=shared_base(base))
-    tokenizer = load_tokenizer(base.name)
-    task, split = cell.score_on.split()
-    _, held_out = hold_out(questions_of(task, "train"), config.held_out)
-    chosen = evaluate(model, encode_all(tokenizer, held_out))
-    found = evaluate(model, encode_all(tokenizer, questions_of(task, split)))
+    model, (task, split) = trained_model(cell.train.model, directory), cell.score_on.split()
+    asked = scored_questions(cell.train.model.name, task, split, config.held_out)
+    chosen, found = (scored(model, each) for each in asked)
     log_p, tokens = right_answers(found)
     summary = {name: round(value, 6) for name, value in found.summary().items()}
     summary |= {"held_out_nll": round(chosen.nll_token, 6), "correct_token": bits(found.correct_token)}

@@ -24,8 +24,8 @@ BESIDE = """\
 *Beside the pilot*: each cell that was measured here, and the pilot's own number. *Minus AdamW*: at the same rate, ±
 half a 95 % interval, of one seed over the questions alone, else over seeds and questions; not corrected.
 """
-# Settings of the pilot, by the names that they have here; its s is 16.
-PILOT = {"few": "few", "passes": "arc3", "fresh": "fresh"}
+# Settings of the pilot, by the names that they have here, and their steps; its s is 16.
+PILOT = {"few": ("few", 500), "passes": ("arc3", 750), "fresh": ("fresh", 500)}
 CellKey: TypeAlias = tuple[str, float, int]  # method, rate, seed
 
 
@@ -88,9 +88,10 @@ def by_setting(results: Path) -> dict[Group, dict[CellKey, Record]]:
 
 def of_pilot(group: Group) -> pilot.Setting | None:
     """Returns the pilot's runs in the same setting, if it has any."""
-    if group.name not in PILOT or group.scale != 16:
+    name, steps = PILOT.get(group.name, ("", 0))
+    if (group.steps, group.scale, group.model) != (steps, 16, "smollm2-135m"):
         return None
-    return pilot.load(Path(__file__).parent.parent / "results", PILOT[group.name])
+    return pilot.load(Path(__file__).parent.parent / "results", name)
 
 
 def report(results: Path) -> str:

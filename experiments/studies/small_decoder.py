@@ -253,7 +253,7 @@ def runner(config: SmallDecoderConfig, base: Decoder, setting: str, scale: float
     keys = jnp.stack([jax.random.key(seed) for seed in range(config.seeds)])
 
     @jax.jit
-    def all_of_them(rates: Array, *numbers: float) -> Array:
+    def all_of_them(rates: Array, *numbers: Any) -> Array:
         of_seeds = jax.vmap(functools.partial(run, Way(*numbers)), in_axes=(None, 0, 0))
         return jax.vmap(of_seeds, in_axes=(0, None, None))(rates, keys, orders)
 

@@ -67,7 +67,8 @@ def finetune(config: RunConfig) -> TrainResult:
     check_rows(mesh, schedule.batch_size, schedule.accumulate)
     batches = training_batches(config, examples, mesh)
     total = total_steps(config, batches.steps_per_epoch)
-    numbers = (schedule.learning_rate, config.method.lam, config.method.ratio)
+    method = config.method
+    numbers = (schedule.learning_rate, method.lam, method.ratio, method.weight_decay)
     optimizer, rate = update_rule(config, total, *numbers)
     directory = RunDirectory(config.directory)
     seen, written = directory.last_start(), fingerprint(config)
@@ -201,7 +202,12 @@ def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
 
 
 def update_rule(
-    config: RunConfig, total: int, learning_rate: Number, lam: Number | None, ratio: Number | None
+    config: RunConfig,
+    total: int,
+    learning_rate: Number,
+    lam: Number | None,
+    ratio: Number | None,
+    weight_decay: Number,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """Returns the configuration's method and its learning rate by step, for these numbers (which may be traced).
 
@@ -219,7 +225,7 @@ def update_rule(
         rate,
         lam=falling or lam,
         ratio=ratio,
-        weight_decay=method.weight_decay,
+        weight_decay=weight_decay,
         clip_norm=method.clip_norm,
         stop_when_stable=method.stop_when_stable is not False,
         decay_only_a=bool(method.decay_only_a),

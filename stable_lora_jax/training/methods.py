@@ -54,7 +54,7 @@ def make_optimizer(
     *,
     lam: Lambda | None = None,
     ratio: Number | None = None,
-    weight_decay: float,
+    weight_decay: Number,
     clip_norm: float,
     stop_when_stable: bool = True,
     decay_only_a: bool = False,

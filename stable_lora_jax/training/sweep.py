@@ -1,9 +1,9 @@
 """Many adapters trained at once over one frozen base: a whole search, or several seeds, in one program.
 
 The single training step is mapped (`jax.vmap`) over adapters, optimizer states, batches and the numbers that vary: the
-learning rate, λ, the ratio of LoRA+ and the scale s. The base weights are not mapped, so they are stored, and read at
-every product, once for all. Nothing is shared between the adapters beyond that: one that becomes infinite leaves the
-others as they are.
+learning rate, λ, the ratio of LoRA+, the weight decay and the scale s; where A starts is a matter of the adapters that
+are given. The base weights are not mapped, so they are stored, and read at every product, once for all. Nothing is
+shared between the adapters beyond that: one that becomes infinite leaves the others as they are.
 
 The scale is a static number of the model. Here it rides on B: ``s (x A) B = s₀ (x A) (s/s₀ B)`` in the forward pass,
 where s₀ is the model's own, while the B that is trained, and that the optimizer sees, is the plain one.
@@ -40,6 +40,7 @@ class SweepPoint(NamedTuple):
     scale: Number
     lam: Number = 0.0
     ratio: Number = 1.0
+    weight_decay: Number = 0.0
 
 
 MakeOptimizer: TypeAlias = Callable[[SweepPoint], optax.GradientTransformation]

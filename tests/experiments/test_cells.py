@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from experiments.running.cells import (
@@ -20,8 +21,10 @@ from experiments.running.cells import (
     run_cells,
     stable_at,
 )
+from experiments.running.shared import shared_questions, trained_model
 from experiments.running.together import train_together
-from stable_lora_jax.finetune import RunConfig
+from stable_lora_jax.evaluation import evaluate
+from stable_lora_jax.finetune import RunConfig, finetune, load_with_adapter
 from stable_lora_jax.training import RunDirectory
 from tests.models import tiny
 
@@ -69,7 +72,8 @@ def test_steps_until_stable_of_stacks_and_of_single_pairs(tmp_path):
 
 
 def test_together_is_as_alone_and_a_failure_is_a_line_too(base, tmp_path):
-    numbers = [{"learning_rate": 1e-2, "alpha": 4.0}, {"learning_rate": 3e38}, {"seed": 1, "alpha": 16.0}]
+    own = {"learning_rate": 1e-2, "alpha": 4.0, "a_scale": 0.5, "weight_decay": 0.1}
+    numbers = [own, {"learning_rate": 3e38}, {"seed": 1, "alpha": 16.0}]
     cells = [Cell(train=base.with_options(**each), score_on="holdout") for each in numbers]
     alone = run_cells("x", cells[:2], options_in(tmp_path / "alone"))
     options = options_in(tmp_path / "together", together=4)
@@ -89,6 +93,20 @@ def test_together_is_as_alone_and_a_failure_is_a_line_too(base, tmp_path):
     before = (options.results / "x.jsonl").read_bytes()
     assert run_cells("x", cells, options) == together == read_lines("x", options.results)
     assert (options.results / "x.jsonl").read_bytes() == before
+
+
+def test_adapters_of_all_scales_are_scored_by_one_program_and_as_they_are(base, tmp_path):
+    structures = []
+    for alpha in (4.0, 6.0, 16.0):  # s = 2, 3 and 8
+        config = base.with_options(alpha=alpha, run_dir=tmp_path / str(alpha))
+        finetune(config)
+        model = trained_model(config.model, config.directory)
+        plain = load_with_adapter(config.model.name, config.directory)
+        examples = shared_questions(config.model.name, config.data, "holdout")
+        for one, other in zip(*(evaluate(each, examples).log_likelihood for each in (model, plain)), strict=True):
+            np.testing.assert_array_equal(one, other)
+        structures.append(nnx.split(model)[0])
+    assert structures[0] == structures[2] != structures[1]
 
 
 def test_what_validates_while_it_trains_is_trained_alone(base, tmp_path):

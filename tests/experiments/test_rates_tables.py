@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from experiments.studies import pilot, rates, rates_tables
@@ -70,6 +71,15 @@ def test_lines_are_told_by_their_methods_names(tmp_path):
     config = rates.RatesConfig(settings=("few",), scales=(16.0,), rates=(1.25e-4,), seeds=1, runs=tmp_path / "runs")
     lines = [{"train": options_of(cell.fingerprint()["train"])} for cell in rates.cells(config)]
     assert [rates_tables.method_of(line) for line in lines] == list(rates.METHODS)
+
+
+def test_only_its_own_settings_stand_beside_the_pilot(few):
+    group = rates_tables.Group("few", 16.0, 500, "float32", "smollm2-135m", "few-0123456789ab")
+    np.testing.assert_array_equal(rates_tables.of_pilot(group).tokens, few.tokens)
+    others = {"name": "sums", "scale": 2.0, "steps": 499, "model": "smollm2-360m"}
+    assert [rates_tables.of_pilot(group._replace(**{name: value})) for name, value in others.items()] == [None] * 4
+    for name, (_, steps) in rates_tables.PILOT.items():
+        assert steps == rates.SETTINGS[name][2]
 
 
 def test_nothing_is_told_of_a_single_rate(few):

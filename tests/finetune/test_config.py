@@ -9,9 +9,14 @@ from stable_lora_jax.lora import read_adapter_spec
 from tests.cli.test_cli import code_of
 
 
+def rule_of(config):
+    method = config.method
+    return update_rule(config, 8, config.schedule.learning_rate, method.lam, method.ratio, method.weight_decay)
+
+
 def shrinks(config, b):
     """Returns what is added to an A of ones in each of four steps without a gradient."""
-    tx, _ = update_rule(config, 8, config.schedule.learning_rate, config.method.lam, config.method.ratio)
+    tx, _ = rule_of(config)
     params = {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.full((2, 4), b)}
     state, zeros, found = tx.init(params), {"lora_a": jnp.zeros((8, 2)), "lora_b": jnp.zeros((2, 4))}, []
     for _ in range(4):
@@ -37,7 +42,7 @@ def test_the_update_is_the_configurations(config, b, expected):
 
 def test_the_learning_rate_is_the_configurations():
     config = RunConfig.of(learning_rate=0.8, warmup=0.25, schedule="linear")
-    _, rate = update_rule(config, 8, config.schedule.learning_rate, config.method.lam, config.method.ratio)
+    _, rate = rule_of(config)
     np.testing.assert_allclose([rate(step) for step in (0, 1, 2, 5, 8)], [0, 0.4, 0.8, 0.4, 0], atol=1e-6)
 
 

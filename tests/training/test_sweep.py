@@ -26,7 +26,11 @@ from tests.training.tiny_runs import VOCAB, adapted
 STEPS = 5
 LOSS = make_loss("choices", 2)
 # λ such that some pairs stop, at different steps; the second diverges in its second step.
-POINTS = (SweepPoint(3e-2, 2.0, 0.2, 1.0), SweepPoint(float("nan"), 2.0, 0.2, 4.0), SweepPoint(3e-2, 8.0, 0.4, 2.0))
+POINTS = (
+    SweepPoint(3e-2, 2.0, 0.2, 1.0, 0.01),
+    SweepPoint(float("nan"), 2.0, 0.2, 4.0, 0.01),
+    SweepPoint(3e-2, 8.0, 0.4, 2.0, 0.2),
+)
 
 
 def model_of(seed: int, scale: float = 2.0) -> Any:
@@ -43,7 +47,8 @@ def batches_of(seed: int) -> TrainBatches:
 
 def optimizer_of(method: str, point: SweepPoint):
     rate = learning_rate_schedule(point.learning_rate, STEPS, 2, "cosine")
-    return make_optimizer(method, rate, lam=point.lam, ratio=point.ratio, weight_decay=0.01, clip_norm=1.0)
+    numbers = {"lam": point.lam, "ratio": point.ratio, "weight_decay": point.weight_decay}
+    return make_optimizer(method, rate, **numbers, clip_norm=1.0)
 
 
 def sweep(method: str):
