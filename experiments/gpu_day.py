@@ -24,6 +24,7 @@ from experiments.running.cells import Cell, Options, read_lines, run_cells, trai
 from experiments.running.markdown import markdown
 from experiments.running.smoke import smoke
 from experiments.studies import ablation, rates, targets
+from experiments.studies.pilot import EARLY
 from experiments.studies.qa import searched_numbers
 from stable_lora_jax.assets import cache_dir
 from stable_lora_jax.data import TASKS
@@ -99,7 +100,7 @@ def main(config: GpuDayConfig) -> None:
         few = {"methods": ("adamw", "stable-lora"), "seeds": 2, "lengths": (1,)}
         with smoke(config, together=2, minutes=None, **few) as tiny:
             of_lengths = {"lams": (0.05,), "controls": (), "seeds": 1}  # each alone, so with checkpoints to resume from
-            grid = {"variants": ("AdamW", "A₀ × 1/4"), "rates": (1e-3, 2e-3), "scales": (2.0, 16.0), "seeds": 1}
+            grid = {"variants": ("AdamW", "A₀ × 1/4", EARLY), "rates": (1e-3, 2e-3), "scales": (2.0, 16.0), "seeds": 1}
             of_rates = grid | {"settings": ("few",), "held_out": 4, "steps": tiny.steps}
             visit(tiny, {"targets": {"targets": ("qkvogud",)}, "lengths": of_lengths, "rates": of_rates})
             print(report(tiny.results))

@@ -251,13 +251,13 @@ def append(file: Path, record: Record) -> None:
 
 
 def _groups(cells: Sequence[Cell], together: int) -> list[list[Cell]]:
-    """Returns the cells in groups that one program can train; those that validate while they train alone, and last."""
+    """Returns the cells in groups that one program can train; those that end by their validation alone, and last."""
     if together == 1:
         return [[cell] for cell in cells]
     from experiments.running.together import VARYING
 
     alike: dict[str, list[Cell]] = {}
-    alone = [cell for cell in cells if cell.train.schedule.eval_every is not None]
+    alone = [cell for cell in cells if cell.train.schedule.patience is not None]
     for cell in cells:
         if cell in alone:
             continue

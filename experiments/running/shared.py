@@ -7,6 +7,7 @@ where compiling is the rest of the time. So adapters of every s are scored by th
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -62,7 +63,7 @@ def scored(model: Decoder, examples: Sequence[Encoded]) -> Evaluation:
 @functools.lru_cache(maxsize=1)
 def shared_examples(model: ModelConfig, data: DataConfig) -> list[Encoded]:
     """Returns what is trained on as token numbers."""
-    return load_training_examples(RunConfig(model=model, data=data))
+    return load_training_examples(RunConfig(model=model, data=replace(data, validation=None)))
 
 
 def questions(data: DataConfig, score_on: str) -> list[Question]:
@@ -70,7 +71,7 @@ def questions(data: DataConfig, score_on: str) -> list[Question]:
     if score_on.endswith((".jsonl", ".jsonl.gz")):
         items = load_jsonl(score_on)
     elif score_on == "holdout":
-        _, items = training_items(RunConfig(data=data))
+        _, items = training_items(RunConfig(data=replace(data, validation=None)))
     else:
         items = load_task(data.name, score_on, source=data.source)
     return [item for item in items if isinstance(item, Question)]

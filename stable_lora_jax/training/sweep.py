@@ -75,6 +75,8 @@ def train_sweep(
     loss: Loss,
     total_steps: int,
     mesh: Mesh | None = None,
+    watch: Callable[[int, Any], None] | None = None,
+    every: int = 1,
     progress: bool = True,
 ) -> SweepResult:
     """Returns K adapters, each as its single run would train it.
@@ -88,6 +90,9 @@ def train_sweep(
       loss: from `make_loss`.
       total_steps: number of steps.
       mesh: devices that share the adapters among them, K a multiple of their number; one device if None.
+      watch: is given the step, counted from 1, and the adapters, whose leaves have a leading axis over all; they live
+        until the next step.
+      every: steps between two calls of it; there is one after the last step too.
       progress: show a progress bar.
 
     Raises:
@@ -108,6 +113,8 @@ def train_sweep(
         batch = jax.device_put(_stack([each[index] for each in batches]), shared)
         state, metrics = step(state, numbers, frozen, batch)
         history.append(metrics)
+        if watch and ((index + 1) % every == 0 or index + 1 == total_steps):
+            watch(index + 1, state.adapters)
     history = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(history))
     finite = np.isfinite([history.loss, history.grad_norm, history.update_norm]).all(0)
     adapters = tuple(jax.tree.map(lambda x, k=k: x[k], jax.device_get(state.adapters)) for k in range(len(points)))

@@ -109,16 +109,35 @@ def test_adapters_of_all_scales_are_scored_by_one_program_and_as_they_are(base, 
     assert structures[0] == structures[2] != structures[1]
 
 
-def test_what_validates_while_it_trains_is_trained_alone(base, tmp_path):
-    early = [base.with_options(learning_rate=rate, eval_every=2, keep_best=True) for rate in (1e-2, 2e-2)]
-    cells = [Cell(train=train, score_on="holdout") for train in (*early, base, base.with_options(seed=1))]
-    options = options_in(tmp_path, together=4)
-    lines = run_cells("x", cells, options)
+def test_validations_together_are_those_alone_and_keep_the_same_adapters(base, tmp_path):
+    # At the lower rate the last validation is not the best one.
+    early = [base.with_options(learning_rate=rate, steps=5, eval_every=2, keep_best=True) for rate in (1e-2, 2e-2)]
+    cells = [Cell(train=train, score_on="holdout") for train in early]
+    found = {}
+    for together in (1, 2):
+        options = options_in(tmp_path / str(together), together=together)
+        lines = run_cells("x", cells, options)
+        assert ["together" in line for line in lines] == [together == 2] * 2
+        runs = [RunDirectory(options.runs / "x" / cell.key) for cell in cells]
+        validated = [[line for line in run.metrics() if "validation" in line] for run in runs]
+        losses = [[line["validation"]["loss"] for line in each] for each in validated]
+        steps = [[line["step"] for line in each] for each in validated]
+        found[together] = steps, losses, [load_file(run.adapter) for run in runs]
+    assert found[1][0] == found[2][0] == [[2, 4, 5]] * 2
+    np.testing.assert_allclose(found[1][1], found[2][1], rtol=1e-4)
+    assert np.argmin(found[1][1][0]) == 1
+    for one, other in zip(found[1][2], found[2][2], strict=True):
+        for name, matrix in one.items():
+            np.testing.assert_allclose(other[name], matrix, atol=1e-4)
+
+
+def test_what_ends_by_its_validation_is_trained_alone(base, tmp_path):
+    ending = [base.with_options(learning_rate=rate, eval_every=2, patience=1) for rate in (1e-2, 2e-2)]
+    cells = [Cell(train=train, score_on="holdout") for train in (*ending, base, base.with_options(seed=1))]
+    lines = run_cells("x", cells, options_in(tmp_path, together=4))
     assert ["together" in line for line in lines] == [False, False, True, True]
-    runs = [RunDirectory(options.runs / "x" / cell.key) for cell in cells[:2]]
-    assert [sum("validation" in line for line in run.metrics()) for run in runs] == [2, 2]
     with pytest.raises(ValueError, match="not trained together"):
-        train_together(early)
+        train_together(ending)
 
 
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, as Ray starts its processes
