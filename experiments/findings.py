@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.running import tables
-from experiments.running.cells import Record, read_lines
+from experiments.running.cells import Record, correctness, read_lines
 from experiments.studies import pilot
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
 from experiments.studies.rates_tables import by_setting, of_pilot, repeated
-from stable_lora_jax.evaluation import Estimate
+from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
 EPOCH = 281  # steps of an epoch of ARC-Easy
@@ -51,6 +53,11 @@ def details(results: Path) -> str:
     (adamw_ten,), (stable_ten,) = ten["AdamW"], ten["λ = 0.001"]
     large = _variants(results, EPOCH, alpha=16.0)
     stops, never = (_difference(large["AdamW"], large[f"λ = 0.02{rule}"]) for rule in ("", NEVER))
+    made = [(stable, adamw), (stable, _lines(results, "qa_controls"))]
+    made += [(short[f"λ = {lam:g}"], short["AdamW"]) for lam in AblationConfig.lams]
+    made += [(each["λ = 0.001"], each["AdamW"]) for each in (long, ten)] + [(large["λ = 0.02"], large["AdamW"])]
+    p_values = [_p_value(*pair) for pair in made]
+    p, corrected = p_values[-3], holm(p_values)[-3]
     train = stable[0]["train"]
     chosen = f"η = {train['learning_rate']:g}, s = {train['alpha'] / train['rank']:g} and λ = {train['lam']:g}"
     return "\n".join(
@@ -63,7 +70,9 @@ def details(results: Path) -> str:
             f"{stable[0]['steps']} steps on choices; with λ = {AblationConfig.lams[-1]:g}, "
             f"{-below[-1].nats.value:+.3f} after the epoch on answers (negative is likelier).",
             f"* Three epochs on answers: λ = 0.001 minus AdamW is {_points(saved)} and {_signed(saved)} nats per token "
-            f"({len(long['AdamW'])} seeds); minus AdamW stopped after one epoch, {_signed(stopped)} nats.",
+            f"({len(long['AdamW'])} seeds); minus AdamW stopped after one epoch, {_signed(stopped)} nats. The points "
+            f"have p = {p:.3f} over seeds and questions, and {corrected:.2f} corrected for the {len(made)} comparisons "
+            "of Stable-LoRA with AdamW that this page makes in accuracy.",
             f"* Ten epochs overfit: AdamW {100 * adamw_ten['accuracy_token']:.1f} % and λ = 0.001 "
             f"{100 * stable_ten['accuracy_token']:.1f} %, {adamw_ten['nll_token']:.3f} and "
             f"{stable_ten['nll_token']:.3f} nats per token (one seed).",
@@ -110,6 +119,14 @@ def _difference(records: list[Record], baseline: list[Record]) -> tables.Compari
     if found is None:
         raise ValueError("The lines share no seed, so there is nothing to compare. Run the experiment first.")
     return found
+
+
+def _p_value(records: list[Record], baseline: list[Record]) -> float:
+    """Returns the p value of "as many right answers", over seeds and questions."""
+    ours, theirs = tables.by_seed(records), tables.by_seed(baseline)
+    shared = [seed for seed in ours if seed in theirs]
+    differences = np.stack([correctness(ours[seed]) - correctness(theirs[seed]) for seed in shared])
+    return seeds_and_questions(differences)[1]
 
 
 def _points(found: tables.Comparison) -> str:

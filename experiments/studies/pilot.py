@@ -15,6 +15,7 @@ Social IQA's validation split (1954), per question. Limits: one model, one s, fe
 the questions and reported on the other; the best rates of fresh lie at the grid's upper end, those of few at its lower.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +24,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from scipy import stats
 
 from experiments.running.markdown import markdown
-from stable_lora_jax.evaluation import Estimate, holm
+from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 
 # As the runs are ordered; rates innermost.
 METHODS = {
@@ -49,6 +49,7 @@ SETTINGS = {"few": 3, "arc3": 2, "fresh": 2}  # and their seeds
 LENGTHS = (20, 40, 60, 80, 100)  # % of the run after which AdamW was scored
 SHOWN = ("AdamW", "λ = 0.0005", "λ = 0.002", "λ = 0.005", "A₀ × 1/4", "decay on A, 0.002 per step")
 WIDE = 0.05  # nats per token above a method's best that still count as good
+_RESAMPLES = 1000
 Summed = np.ndarray  # (seeds, questions): summed log p of the right answers
 
 
@@ -108,28 +109,30 @@ def over_rates(setting: Setting, method: str) -> Summed:
 
 
 def compared(setting: Setting, of: Callable[[Setting, str], Summed], method: str) -> tuple[Estimate, float]:
-    """Returns nats per token minus AdamW's, with a 95 % interval over seeds and questions, and its p value.
+    """Returns nats per token minus AdamW's, with a 95 % interval over seeds and questions, and its p value."""
+    return seeds_and_questions(of(setting, "AdamW") - of(setting, method), setting.tokens)
 
-    Both sources of error are added: the seeds' by their spread, the questions' by that of a ratio of sums. One seed has
-    no spread: then they are over the questions alone.
+
+@functools.cache
+def _drawn(count: int) -> np.ndarray:
+    """Returns how often each of so many is drawn, with replacement, in each resample: (count, resamples)."""
+    return np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), _RESAMPLES).T.astype(float)
+
+
+def width(setting: Setting, method: str) -> str:
+    """Returns how many of the rates are within `WIDE` of the method's best, as 3 (2 to 3).
+
+    In brackets, a 95 % interval by a bootstrap of seeds and questions.
     """
-    difference, tokens = of(setting, "AdamW") - of(setting, method), setting.tokens
-    by_seed = difference.sum(1) / tokens.sum()
-    value, by_question = float(by_seed.mean()), difference.mean(0)
-    residual = by_question - value * tokens
-    questions = len(tokens) * residual.var(ddof=1) / tokens.sum() ** 2
-    seeds = by_seed.var(ddof=1) / len(by_seed) if len(by_seed) > 1 else 0.0
-    error = math.sqrt(float(questions + seeds))
-    if error == 0:
-        return Estimate(value, value, value), math.nan
-    margin = float(stats.norm.ppf(0.975)) * error
-    return Estimate(value, value - margin, value + margin), float(2 * stats.norm.sf(abs(value) / error))
+    rates, seeds, questions = setting.log_p[method].shape
+    drawn, weights = _drawn(questions), _drawn(seeds) / seeds
+    by_seed = -(setting.log_p[method].reshape(-1, questions) @ drawn).reshape(rates, seeds, -1)
 
+    def count(nats: np.ndarray) -> np.ndarray:
+        return (nats <= nats.min(0) + WIDE).sum(0)
 
-def width(setting: Setting, method: str) -> int:
-    """Returns how many of the five rates are within `WIDE` of the method's best."""
-    nats = setting.nats(method).mean(1)
-    return int((nats <= nats.min() + WIDE).sum())
+    low, high = np.quantile(count((by_seed * weights).sum(1) / (setting.tokens @ drawn)), [0.025, 0.975])
+    return f"{count(setting.nats(method).mean(1))} ({low:.0f} to {high:.0f})"
 
 
 def report(results: Path) -> str:
@@ -151,7 +154,7 @@ def report(results: Path) -> str:
             if method != "AdamW":
                 shown = [told(best[method][0]), p_text(adjusted[id(best)][method])]
                 shown += ["-"] * 2 if method == EARLY else [told(mean[method][0]), p_text(adjusted[id(mean)][method])]
-            wide = "-" if method == EARLY else str(width(setting, method))
+            wide = "-" if method == EARLY else width(setting, method)
             rows.append([method, *curve, *shown, wide, f"{100 * right[nats.argmin()]:.1f}"])
         header = ("nats per token", *(f"η = {rate:g}" for rate in RATES), "at the best rate, minus AdamW", "p")
         header += ("mean of the rates, minus AdamW", "p", f"rates within {WIDE}", "accuracy, %")
@@ -163,7 +166,8 @@ def report(results: Path) -> str:
 LEGEND = """\
 ± is half a 95 % interval over seeds and questions together (normal; two or three seeds say little about seeds). The p
 values of a column are corrected (Holm) for its comparisons. *Rates within 0.05*: of the five, those whose nats are at
-most 0.05 above the method's own best. *Accuracy*: per token, at the rate of least nats.
+most 0.05 above the method's own best, with a 95 % bootstrap interval over seeds and questions. *Accuracy*: per token,
+at the rate of least nats.
 """
 
 

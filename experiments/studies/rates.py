@@ -5,7 +5,7 @@ Question:  at each method's best learning rate, and over the whole grid, what do
            Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
 Command:   python -m experiments.studies.rates    (--settings few --scales 16 --seeds 1; --part, --ray, --together)
 Hardware:  2 CPU cores, 6 GB. Minutes: 12 per cell, or 30 on the slowest cores so far; a setting and scale has 72 per
-           seed, 14 hours. One H100 with --together 60: about 30 for all 1632, by the pilot's 60 per minute.
+           seed, 14 hours. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1632, and their scoring.
 Expected:  (2026-11-27, 2026-11-29) in LOG.md.
 Observed:  three cells of the pilot so far, one seed: its numbers come back. AdamW 2.505 and 3.199 nats at its best rate
            and at four times that (pilot: 2.502, 3.217), λ = 0.002 there 0.415 better (0.428).

@@ -18,6 +18,7 @@ with needs("train"):
         mean_interval,
         paired_bootstrap,
         paired_p_value,
+        seeds_and_questions,
         sign_flip_p_value,
     )
 
@@ -34,6 +35,7 @@ __all__ = [
     "mean_interval",
     "paired_bootstrap",
     "paired_p_value",
+    "seeds_and_questions",
     "sign_flip_p_value",
     "target_log_likelihoods",
 ]

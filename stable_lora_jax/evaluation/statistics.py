@@ -2,9 +2,9 @@
 
 Two sources of chance are kept apart. Seeds: `mean_interval` of one accuracy per seed says how far another seed may be,
 and `paired_p_value` whether others would rank two methods alike. Questions: `paired_bootstrap` and `sign_flip_p_value`
-keep the trained models as they are and ask whether other questions of the same kind would rank them alike. Two methods
-answer the same questions, so both compare them question by question, which takes out that some questions are harder
-than others.
+keep the trained models as they are and ask whether other questions of the same kind would rank them alike;
+`seeds_and_questions` asks for both at once. Two methods answer the same questions, so all of these compare them
+question by question, which takes out that some questions are harder than others.
 """
 
 import math
@@ -176,6 +176,44 @@ def _difference(first: Numbers, second: Numbers) -> np.ndarray:
             "questions in the same order on both sides, at least two."
         )
     return means[0] - means[1]
+
+
+def seeds_and_questions(
+    differences: np.ndarray, weights: Numbers | None = None, level: float = 0.95
+) -> tuple[Estimate, float]:
+    """Returns the mean difference, with an interval for other seeds and other questions, and its two-sided p value.
+
+    The variances of both sources are added, each as that of a mean; with weights the questions' is that of a ratio of
+    sums. Interval and p value are the normal's, which with two or three seeds is a little narrow. One seed has no
+    spread: then both are over the questions alone. NaN is the p value where nothing varies.
+
+    Args:
+      differences: of two methods with the same seeds and questions, (seeds, questions).
+      weights: of the questions; the mean is the sum of the differences over that of the weights, as for log p and
+        tokens. All 1 if None.
+      level: probability that the interval covers the true mean, in (0, 1).
+
+    Raises:
+      ValueError: fewer than two questions, another number of weights, or a level out of range.
+    """
+    from scipy import stats
+
+    _check_level(level)
+    if differences.ndim != 2 or differences.shape[1] < 2:
+        raise ValueError(f"differences have shape {differences.shape}; (seeds, questions), two or more, is allowed.")
+    scale = np.ones(differences.shape[1]) if weights is None else np.asarray(weights, float)
+    if scale.shape != differences.shape[1:]:
+        raise ValueError(f"there are weights of shape {scale.shape} for differences of shape {differences.shape}.")
+    by_seed = differences.sum(1) / scale.sum()
+    value = float(by_seed.mean())
+    residual = differences.mean(0) - value * scale
+    questions = len(scale) * residual.var(ddof=1) / scale.sum() ** 2
+    seeds = by_seed.var(ddof=1) / len(by_seed) if len(by_seed) > 1 else 0.0
+    error = math.sqrt(float(questions + seeds))
+    if error == 0:
+        return Estimate(value, value, value), math.nan
+    margin = float(stats.norm.ppf((1 + level) / 2)) * error
+    return Estimate(value, value - margin, value + margin), float(2 * stats.norm.sf(abs(value) / error))
 
 
 def _some(values: Numbers) -> np.ndarray:

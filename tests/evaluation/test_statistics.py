@@ -13,6 +13,7 @@ from stable_lora_jax.evaluation import (
     mean_interval,
     paired_bootstrap,
     paired_p_value,
+    seeds_and_questions,
     sign_flip_p_value,
 )
 
@@ -102,6 +103,8 @@ def test_pairing_takes_out_how_hard_questions_are():
         (lambda: mean_interval([1.0, 2.0], 95), r"level=95 is not in \(0, 1\)"),
         (lambda: expected_best([1.0, 2.0], 3), r"k=3 is not in \[1, 2\].*more seeds"),
         (lambda: paired_bootstrap([1, 0, 1], [1, 0]), r"of 3 and 2 questions.*same questions"),
+        (lambda: seeds_and_questions(np.zeros(3)), r"have shape \(3,\); \(seeds, questions\)"),
+        (lambda: seeds_and_questions(np.zeros((2, 3)), [1.0, 2.0]), r"weights of shape \(2,\) for differences"),
         (lambda: sign_flip_p_value([1], [0]), r"of 1 and 1 questions.*at least two"),
         (lambda: sign_flip_p_value([0.5, 1], [0, 1]), "neither 0 nor 1"),
     ],
@@ -109,6 +112,21 @@ def test_pairing_takes_out_how_hard_questions_are():
 def test_errors(call, told):
     with pytest.raises(ValueError, match=told):
         call()
+
+
+def test_both_sources_by_hand_and_of_one_seed_the_questions_alone():
+    # By seed 0 and 2, mean 1: 2 / 2. By question -1 and 3: 8 / 2. Their sum is 5.
+    found, p = seeds_and_questions(np.array([[-2.0, 2.0], [0.0, 4.0]]))
+    assert (found.value, found.high) == pytest.approx((1, 1 + stats.norm.ppf(0.975) * math.sqrt(5)))
+    assert p == pytest.approx(2 * stats.norm.sf(1 / math.sqrt(5)))
+    one = np.random.default_rng(0).normal(0.1, 1, (1, 500))
+    found, p = seeds_and_questions(one)
+    assert p == pytest.approx(stats.ttest_1samp(one[0], 0).pvalue, rel=0.01)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * one.std(ddof=1) / math.sqrt(500), rel=1e-3)
+    # Weights only say how questions count: of weight 2 with twice the difference, the same.
+    heavy = seeds_and_questions(2 * one, np.full(500, 2.0))
+    np.testing.assert_allclose([*heavy[0], heavy[1]], [*found, p])
+    assert math.isnan(seeds_and_questions(np.ones((2, 3)))[1])
 
 
 def test_the_paired_p_value_by_hand():
