@@ -28,6 +28,7 @@ from stable_lora_jax.data import Batch, TrainBatches, pad_batch
 from stable_lora_jax.lora import lora_modules
 from stable_lora_jax.models import Decoder
 from stable_lora_jax.optim.hyperparameters import Number
+from stable_lora_jax.training.loop import check_intervals
 from stable_lora_jax.training.loss import Loss
 from stable_lora_jax.training.sharding import AXES, make_mesh
 from stable_lora_jax.training.step import Frozen, StepMetrics, TrainState, init_state, place, train_step
@@ -96,8 +97,10 @@ def train_sweep(
       progress: show a progress bar.
 
     Raises:
-      ValueError: not one start and one sequence of batches for every point, dropout, or a mesh that does not divide K.
+      ValueError: not one start and one sequence of batches for every point, dropout, a mesh that does not divide K, or
+        `every` below 1.
     """
+    check_intervals(every=every)
     mesh = mesh or make_mesh()
     _check(frozen, starts, batches, points, mesh)
     shared = _shared(mesh)

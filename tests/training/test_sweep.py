@@ -51,7 +51,7 @@ def optimizer_of(method: str, point: SweepPoint):
     return make_optimizer(method, rate, **numbers, clip_norm=1.0)
 
 
-def sweep(method: str):
+def sweep(method: str, watch=None):
     """All points, shared by three devices."""
     parts = [split_model(model_of(seed)) for seed in range(len(POINTS))]
     graph, _, frozen = parts[0]
@@ -62,6 +62,8 @@ def sweep(method: str):
         loss=LOSS,
         total_steps=STEPS,
         mesh=make_mesh(3),
+        watch=watch,
+        every=2,
         progress=False,
     )
 
@@ -86,8 +88,12 @@ def largest_difference(one, other) -> float:
 
 @pytest.mark.parametrize(("method", "seeds"), [("stable-lora", (0, 2)), ("lora-plus", (2,))])
 def test_each_adapter_is_that_of_its_single_run_whatever_becomes_of_the_others(method, seeds):
-    result = sweep(method)
+    seen: dict[int, Any] = {}
+    result = sweep(method, lambda step, adapters: seen.update({step: jax.device_get(adapters)}))
+    assert list(seen) == [2, 4, STEPS]
     for seed in seeds:
+        before, last = (jax.tree.map(lambda x, seed=seed: x[seed], seen[step]) for step in (4, STEPS))
+        assert largest_difference(last, result.adapters[seed]) == 0 < largest_difference(last, before)
         adapters, losses = single(method, seed)
         assert largest_difference(result.adapters[seed], adapters) <= 1e-5
         np.testing.assert_allclose(result.losses[:, seed], losses, rtol=1e-5)
@@ -105,6 +111,8 @@ def test_errors():
     given = {"make_optimizer": lambda point: optimizer_of("adamw", point), "loss": LOSS, "total_steps": 1}
     with pytest.raises(ValueError, match=r"2 points, 1 starts and 2 sequences"):
         train_sweep(graph, frozen, [start], [batches_of(0)] * 2, POINTS[:2], **given)
+    with pytest.raises(ValueError, match=r"every=0 is below 1"):
+        train_sweep(graph, frozen, [start], [batches_of(0)], POINTS[:1], every=0, **given)
     with pytest.raises(ValueError, match=r"3 adapters cannot be shared evenly by 2 devices"):
         train_sweep(graph, frozen, [start] * 3, [batches_of(0)] * 3, POINTS, mesh=make_mesh(2), **given)
     graph, start, frozen = split_model(adapted(dropout=0.1))
