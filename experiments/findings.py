@@ -10,7 +10,7 @@ from experiments.running.cells import Record, correctness, read_lines
 from experiments.studies import pilot
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
-from experiments.studies.rates_tables import by_setting, of_pilot, repeated
+from experiments.studies.rates_tables import Group, Repeated, by_setting, of_pilot, repeated
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
@@ -18,7 +18,7 @@ EPOCH = 281  # steps of an epoch of ARC-Easy
 
 
 def verdict(results: Path) -> str:
-    """Returns the verdict in two sentences, from the pilot's runs."""
+    """Returns the verdict in two sentences, from the pilot's runs, and how close those came that were made again."""
     settings = {name: pilot.load(results, name) for name in pilot.SETTINGS}
 
     def at_best(setting: str, method: str) -> Estimate:
@@ -37,7 +37,18 @@ def verdict(results: Path) -> str:
         f"fresh data does the shrink gain what a smaller start does not (λ = 0.005: {shrink}; start: {start}). What it "
         f"buys is robustness to a rate that is too high: averaged over the rates, λ = 0.002 is "
         f"{tables.number(few, 3).removeprefix('-')} nats better than AdamW with few data and many passes, and "
-        f"{tables.number(fresh, 3)} worse with fresh data (95 % intervals over seeds and questions).\n"
+        f"{tables.number(fresh, 3)} worse with fresh data (95 % intervals over seeds and questions).{_again(results)}\n"
+    )
+
+
+def _again(results: Path) -> str:
+    """Returns how many of the pilot's numbers were measured again by this package, and how close they came."""
+    pairs = [each.nats for found in _repeated(results).values() for each in found]
+    if not pairs:
+        return ""
+    return (
+        f" Of these runs {len(pairs)} were made again with this package, and came out within "
+        f"{max(abs(there - here) for there, here in pairs):.3f} nats of the first."
     )
 
 
@@ -88,9 +99,8 @@ def details(results: Path) -> str:
 def _repeats(results: Path) -> list[str]:
     """Returns what cells of the pilot gave that were measured again, one sentence per setting."""
     sentences = []
-    for group, by_cell in by_setting(results).items():
-        theirs, told = of_pilot(group), []
-        found = repeated(by_cell, theirs) if theirs else []
+    for group, found in _repeated(results).items():
+        told = []
         for each in found:
             if each.method == "AdamW":
                 there, here = each.nats
@@ -98,11 +108,17 @@ def _repeats(results: Path) -> list[str]:
             else:
                 there, here = (pilot.told(minus) for minus in each.minus_adamw)
                 told.append(f"{each.method} {here} against it (pilot: {there})")
-        if found:
-            seeds = tables.seeds_text(*(each.seeds for each in found))
-            where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}, ± over questions"
-            sentences.append(f"* Cells of the pilot, measured again here ({where}): {'; '.join(told)}.")
+        seeds = tables.seeds_text(*(each.seeds for each in found))
+        where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}, ± over questions"
+        sentences.append(f"* Cells of the pilot, measured again here ({where}): {'; '.join(told)}.")
     return sentences
+
+
+def _repeated(results: Path) -> dict[Group, list[Repeated]]:
+    """Returns what was measured again, by setting; settings without any are left out."""
+    pairs = ((group, by_cell, of_pilot(group)) for group, by_cell in by_setting(results).items())
+    found = {group: repeated(by_cell, theirs) for group, by_cell, theirs in pairs if theirs}
+    return {group: each for group, each in found.items() if each}
 
 
 def _lines(results: Path, name: str, **wanted: Any) -> list[Record]:

@@ -16,10 +16,10 @@ from stable_lora_jax.evaluation import Estimate, holm
 
 LEGEND = """\
 *At the best rate*: nats per token of the reported questions minus AdamW's, each at the rate whose held-out nats are
-least over the seeds. ± is half a 95 % interval over seeds and questions together; p values of a column are corrected
-(Holm). *Edge*: the best rate is the grid's first or last, so a better one may lie outside. *Rates within 0.05*: whose
-nats are at most 0.05 above the method's own least, with a 95 % bootstrap interval over seeds and questions. Only seeds
-that all methods and rates of a table have are in it.
+least over the seeds. ± is half a 95 % interval over seeds and questions together, of one seed over the questions
+alone; p values of a column are corrected (Holm). *Edge*: the best rate is the grid's first or last, so a better one may
+lie outside. *Rates within 0.05*: whose nats are at most 0.05 above the method's own least, with a 95 % bootstrap
+interval over seeds and questions. Only seeds that all methods and rates of a table have are in it.
 """
 BESIDE = """\
 *Beside the pilot*: each cell that was measured here, and the pilot's own number. *Minus AdamW*: at the same rate, ±
