@@ -77,7 +77,7 @@ def flags(model_dir, data_file, tmp_path):
             "--decay-only-a True --weight-decay 1 --method lora-rite",
             "decay_only_a=True belongs to adamw and stable-lora; method='lora-rite' has none",
         ),
-        ("--method lora-plus --ratio 0.5", "ratio=0.5 is not in [1, inf)"),
+        ("--method lora-plus --ratio -4", "ratio=-4.0 is not in [0, inf)"),
         ("--learning-rate -1", "learning_rate=-1.0 is not in [0, inf)"),
         ("--learning-rate nan", "learning_rate=nan is not in [0, inf)"),
         ("--weight-decay -1", "weight_decay=-1.0 is not in [0, inf)"),
