@@ -1,6 +1,11 @@
 """One seed has a table of its own, and no run adds lines to those of other settings."""
 
+import json
+
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.studies import small_decoder
 
@@ -17,3 +22,21 @@ def test_one_seed_and_then_another_number_of_them(tmp_path, capsys):
         with pytest.raises(ValueError, match="Give another folder: --results"):
             small_decoder.main(small_decoder.SmallDecoderConfig(**{**config, **other}))
     assert (tmp_path / "small_decoder.jsonl").read_text() == before
+
+
+def test_lines_of_a_folder_share_one_base(tmp_path):
+    config = {"settings": ("few",), "scales": (16.0,), "rates": (1e-3,), "steps": 10, "pretraining": 2, "seeds": 1}
+    for way in ("AdamW", "λ = 0.02"):
+        small_decoder.main(small_decoder.SmallDecoderConfig(**config, results=tmp_path, variants=(way,)))
+    first, second = (json.loads(line) for line in (tmp_path / "small_decoder.jsonl").read_text().splitlines())
+    assert first["base"] == second["base"]
+    base, checksum = small_decoder.base_in(tmp_path, 2)
+    assert checksum == first["base"]
+    trained = nnx.split(small_decoder.pretrained(2))[1]
+    for one, other in zip(jax.tree.leaves(nnx.split(base)[1]), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(one, other)
+    # With another base, as of another machine, nothing is added.
+    (tmp_path / "small_decoder-base-2.npz").unlink()
+    np.savez(tmp_path / "small_decoder-base-2.npz", *(np.asarray(x) + 1 for x in jax.tree.leaves(trained)))
+    with pytest.raises(ValueError, match="Give another folder: --results"):
+        small_decoder.main(small_decoder.SmallDecoderConfig(**config, results=tmp_path, variants=("A₀ × 1/4",)))
