@@ -200,10 +200,16 @@ def seeds_and_questions(
 
     _check_level(level)
     if differences.ndim != 2 or differences.shape[1] < 2:
-        raise ValueError(f"differences have shape {differences.shape}; (seeds, questions), two or more, is allowed.")
+        raise ValueError(
+            f"differences have shape {differences.shape}; (seeds, questions) with at least two questions is allowed. "
+            "Give a row for each seed, also of a single one."
+        )
     scale = np.ones(differences.shape[1]) if weights is None else np.asarray(weights, float)
     if scale.shape != differences.shape[1:]:
-        raise ValueError(f"there are weights of shape {scale.shape} for differences of shape {differences.shape}.")
+        raise ValueError(
+            f"there are weights of shape {scale.shape} for differences of shape {differences.shape}. Give one per "
+            "question, the same for all seeds."
+        )
     by_seed = differences.sum(1) / scale.sum()
     value = float(by_seed.mean())
     residual = differences.mean(0) - value * scale
