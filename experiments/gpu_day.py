@@ -87,7 +87,7 @@ def visit(config: GpuDayConfig, small: Mapping[str, dict[str, Any]]) -> None:
     shared: dict[str, Any] = {name: getattr(config, name) for name in names} | {"tasks": config.tasks[:1]}
     of_targets: dict[str, Any] = {"steps": config.steps, "seeds": config.seeds}
     of_lengths: dict[str, Any] = {"steps": config.steps, "lengths": config.lengths}
-    of_rates: dict[str, Any] = {"together": 1 + config.together // 2}  # its rows are longer
+    of_rates: dict[str, Any] = {"together": 1 + config.together // 2}
     modules = targets.TargetsConfig(**shared | of_targets | small.get("targets", {}))
     run_cells("targets", targets.cells(modules), modules)
     lengths = ablation.AblationConfig(**shared | of_lengths | small.get("lengths", {}))
