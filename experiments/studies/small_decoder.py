@@ -177,7 +177,9 @@ def base_in(folder: Path, steps: int) -> tuple[Decoder, str]:
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         leaves = jax.tree.leaves(nnx.split(pretrained(steps))[1])
-        np.savez(file, *map(np.asarray, leaves))
+        partial = file.with_name(f"partial-{file.name}")  # a kill leaves no half file
+        np.savez(partial, *map(np.asarray, leaves))
+        partial.replace(file)
     graph, params = nnx.split(untrained())
     stored = np.load(file)
     leaves = [stored[name] for name in stored.files]
