@@ -69,6 +69,7 @@ bench: $(NEWEST)/installed $(OLDEST)/installed
 
 # On a machine with a GPU, in an environment of its own: make bench-gpu PYTHON=python3. TINY=1 tries it on a CPU.
 bench-gpu: $(if $(PYTHON),,$(NEWEST)/installed $(OLDEST)/installed)
+	$(if $(TINY),rm -f build/bench_gpu.json)
 	$(or $(PYTHON),$(NEWEST)/bin/python) -m experiments.bench_gpu --torch-python $(or $(PYTHON),$(OLDEST)/bin/python) \
 	    $(if $(TINY),--tiny --steps 2 --out build/bench_gpu.json)
 

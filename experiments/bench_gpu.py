@@ -10,12 +10,14 @@ Expected:  (2026-11-27) ours is at least 1.0 times PEFT with torch.compile at 8 
            eight single runs of the 135M model's shape.
 
 Every contender runs in a process of its own, one at a time. The file is written after every cell, so that a run that is
-cut keeps what it has; run again, it goes on with what is missing. MFU counts 4 FLOPs per frozen weight and token, the
-logits of predicted tokens, and causal attention three times, over the card's published bfloat16 rate.
+cut keeps what it has; run again, on the same machine, it goes on with what is missing, and then with what failed. MFU
+counts 4 FLOPs per frozen weight and token, the logits of predicted tokens, and causal attention three times, over the
+card's published bfloat16 rate.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from typing import Any
 
 from experiments.benchmarks.in_turns import write
 from experiments.running.markdown import markdown
+from experiments.running.provenance import commit, machine
 
 ROOT = Path(__file__).parent.parent
 # The cells that decide come first: (model, targets, rank, rows, length, predicted tokens per row).
@@ -67,21 +70,35 @@ def cells(tiny: bool) -> Iterator[dict[str, Any]]:
 def main(options: argparse.Namespace) -> None:
     start = time.monotonic()
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"cells": []}
-    done = [cell["cell"] for cell in found["cells"]]
-    for cell in cells(options.tiny):
+    if found.get("machine", machine()) != machine():
+        raise SystemExit(
+            f"{options.out} was measured on another machine ({found['machine']}; this is {machine()}), and one table "
+            "is of one machine. Move it away, or give another file: --out FILE."
+        )
+    for cell in waiting(found["cells"], options.tiny):
         left = 60 * options.minutes - (time.monotonic() - start)
-        if cell in done:
-            continue
         if left < options.least:
             print(f"{options.minutes} minutes are over; run again for the rest")
             break
         measured = measure(cell, options, left)
-        found = write(options.out, "make bench-gpu", cells=[*found["cells"], {"cell": cell} | measured])
+        others = [each for each in found["cells"] if each["cell"] != cell]
+        line = {"cell": cell} | measured | {"commit": commit()}
+        found = write(options.out, "make bench-gpu", cells=[*others, line])
         options.out.with_suffix(".md").write_text(table(found))
         print(cell, measured, flush=True)
     print(table(found))
     if options.tiny and (failed := [cell for cell in found["cells"] if "failed" in cell]):
         raise SystemExit(f"{len(failed)} cells failed: {failed[0]}")
+
+
+def waiting(measured: list[dict[str, Any]], tiny: bool) -> list[dict[str, Any]]:
+    """Returns the cells to measure: those that are missing, then those that failed.
+
+    What failed may have lacked only time, or have been mended since.
+    """
+    ended = {json.dumps(each["cell"]): "failed" in each for each in measured}
+    left = [cell for cell in cells(tiny) if ended.get(json.dumps(cell), True)]
+    return sorted(left, key=lambda cell: json.dumps(cell) in ended)
 
 
 def measure(cell: dict[str, Any], options: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -94,8 +111,15 @@ def measure(cell: dict[str, Any], options: argparse.Namespace, seconds: float) -
     except subprocess.TimeoutExpired:
         return {"failed": "time"}
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1][-300:] if done.stderr.strip() else str(done.returncode)}
+        return {"failed": reason(done.stderr) or f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def reason(stderr: str) -> str:
+    """Returns the last error that a process wrote, or else its last line."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    return (errors or lines or [""])[-1][:300]
 
 
 def table(found: dict[str, Any]) -> str:

@@ -243,7 +243,7 @@ def sweep(cell: dict[str, Any], steps: int) -> dict[str, Any]:
 
     rows = rows_of({"rows": 8, "length": 64, "predicted": 8}, config_of(cell["model"]).vocab_size)
     batch = jax.tree.map(lambda x: jnp.stack([x] * count), answer_batch(*rows))
-    points = SweepPoint(*(jnp.full(count, x) for x in (5e-4, 2.0, 0.001, 1.0)))
+    points = jax.tree.map(lambda x: jnp.full(count, x), SweepPoint(5e-4, 2.0, 0.001))
     stacked = jax.tree.map(lambda x: jnp.stack([x] * count), adapters)
     state = jax.vmap(lambda one: init_state(one, optimizer(SweepPoint(5e-4, 2.0))))(stacked)
     step = compile_sweep_step(graph, make_loss("answer", 1), optimizer, mesh=make_mesh())

@@ -88,7 +88,7 @@ def measure(config: BenchConfig, count: int) -> dict[str, Any]:
         return make_optimizer("stable-lora", point.learning_rate, lam=point.lam, ratio=4, weight_decay=0, clip_norm=1)
 
     loss, mesh = make_loss("answer", 1), make_mesh()
-    points = SweepPoint(*(jnp.full(count, x) for x in (5e-4, 2.0, 0.001, 1.0)))
+    points = jax.tree.map(lambda x: jnp.full(count, x), SweepPoint(5e-4, 2.0, 0.001))
     states: dict[str, Any] = {"alone": init_state(jax.tree.map(jnp.copy, adapters), optimizer(SweepPoint(5e-4, 2.0)))}
     stacked = jax.tree.map(lambda x: jnp.stack([x] * count), adapters)
     states["together"] = jax.vmap(lambda one: init_state(one, optimizer(SweepPoint(5e-4, 2.0))))(stacked)
