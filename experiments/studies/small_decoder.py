@@ -49,6 +49,7 @@ from stable_lora_jax.models import Decoder, DecoderConfig
 
 RANK, WINDOW, BATCH, FEW, HELD_OUT = 8, 64, 8, 256, 64
 MODULES = ("q_proj", "v_proj")
+RATES = {16.0: (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), 2.0: (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,9 @@ class SmallDecoderConfig:
     """few (256 windows, 6 passes), fresh (each once)."""
     scales: tuple[float, ...] = (16.0, 2.0)
     """s."""
-    rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
-    """η."""
-    seeds: int = 3
+    rates: tuple[float, ...] = ()
+    """η; six in powers of two if none is given, from 0.002 at s = 16 and from 0.004 at s = 2."""
+    seeds: int = 4
     """Seeds 0, 1, ...: of A₀ and of the batches."""
     steps: int = 200
     """Steps of a run."""
@@ -292,6 +293,8 @@ def main(config: SmallDecoderConfig) -> None:
             small = {"results": Path(folder), "settings": ("few",), "scales": (2.0,), "rates": (1e-3,), "seeds": 2}
             chosen = ("AdamW", "λ = 0.02", "rule: drift", "A₀ = 0, B₀ random", "‖A‖ kept")
             return main(dataclasses.replace(config, **small, variants=chosen, steps=10, pretraining=2, smoke=False))
+    if unknown := [scale for scale in config.scales if not config.rates and scale not in RATES]:
+        raise ValueError(f"There are grids of rates for s of {[*RATES]}, not of {unknown}. Give rates: --rates.")
     file = config.results / "small_decoder.jsonl"
     same: dict[str, Any] = {name: getattr(config, name) for name in ("steps", "pretraining", "seeds")}
     lines_sharing(file, same)
@@ -302,7 +305,8 @@ def main(config: SmallDecoderConfig) -> None:
         for scale in config.scales:
             compiled: dict[str, Any] = {}
             for name, way in ways(scale).items():
-                rates = [rate for rate in config.rates if (setting, scale, name, rate) not in known]
+                grid = config.rates or RATES[scale]
+                rates = [rate for rate in grid if (setting, scale, name, rate) not in known]
                 if not rates or name not in (config.variants or ways(scale)):
                     continue
                 begun = time.perf_counter()
