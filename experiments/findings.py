@@ -7,11 +7,12 @@ import numpy as np
 
 from experiments.running import tables
 from experiments.running.cells import Record, correctness, read_lines
-from experiments.studies import pilot
+from experiments.studies import pilot, small_decoder_tables
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
 from experiments.studies.rates_tables import Group, Repeated, by_setting, of_pilot, repeated
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
+from stable_lora_jax.training import read_metrics
 
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
 EPOCH = 281  # steps of an epoch of ARC-Easy
@@ -90,6 +91,7 @@ def details(results: Path) -> str:
             f"* The stop rule makes a large λ safe: at s = 2 and λ = 0.02 an epoch ends {_points(stops)} below AdamW, "
             f"and without the rule {_points(never)}.",
             *_repeats(results),
+            *_small_decoder(results),
             "",
             "± is half a 95 % interval over the seeds; in brackets, a 95 % interval over questions for the same runs.",
         ]
@@ -112,6 +114,35 @@ def _repeats(results: Path) -> list[str]:
         where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}, ± over questions"
         sentences.append(f"* Cells of the pilot, measured again here ({where}): {'; '.join(told)}.")
     return sentences
+
+
+def _small_decoder(results: Path) -> list[str]:
+    """Returns what the ways of the small decoder are worth at their best rates, and which the seeds can tell apart."""
+    settings = small_decoder_tables.by_setting(read_metrics(results / "small_decoder.jsonl"))
+    if not settings:
+        return []
+    found = [(each, small_decoder_tables.minus(each.at_best, "AdamW")) for each in settings]
+
+    def span(*ways: str) -> str:
+        values = [of_setting[way][0].value for _, of_setting in found for way in ways if way in of_setting]
+        return f"{min(values):+.3f} to {max(values):+.3f}"
+
+    apart = [
+        f"{way} ({each.title}: {estimate.value:+.3f})"
+        for each, of_setting in found
+        for way, (estimate, p) in of_setting.items()
+        if p < 0.05
+    ]
+    lams = [way for way in settings[0].nats if way.startswith("λ")]
+    told = ("A₀ × 1/4", "decay on A, 0.002 per step", "‖A‖ kept")
+    others = "; ".join(f"{way} {span(way)}" for way in told if way in settings[0].nats)
+    compared = sum(not np.isnan(p) for _, of_setting in found for _, p in of_setting.values())
+    seeds = tables.seeds_text(*(len(each.at_best["AdamW"]) for each in settings))
+    return [
+        f"* Small decoder ({'; '.join(each.title for each in settings)}; {seeds}): at each way's best rate, against "
+        f"AdamW, {lams[0]} to {lams[-1].removeprefix('λ = ')} has {span(*lams)} nats per byte; {others}. Of "
+        f"{compared} comparisons, corrected within each setting, p < 0.05 have: {', '.join(apart) or 'none'}."
+    ]
 
 
 def _repeated(results: Path) -> dict[Group, list[Repeated]]:

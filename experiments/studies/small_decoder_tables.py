@@ -1,5 +1,6 @@
 """The tables and the figure of `small_decoder`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.ticker import NullLocator
 from experiments.running import tables
 from experiments.running.markdown import markdown
 from experiments.studies import pilot
-from stable_lora_jax.evaluation import holm, mean_interval, paired_p_value
+from stable_lora_jax.evaluation import Estimate, holm, mean_interval, paired_p_value
 from stable_lora_jax.training import read_metrics
 
 WIDE, EARLY = 0.01, "AdamW, stopped early"
@@ -22,37 +23,65 @@ half, and as the mean of the whole grid. p values are of paired t tests, correct
 """
 
 
+@dataclass(frozen=True)
+class Setting:
+    """The ways of one setting and scale.
+
+    Attributes:
+      title: setting and s.
+      steps: of every run.
+      rates: the grid of η.
+      nats: way -> nats per byte (rates, seeds, marks, halves).
+      best: way -> index of the rate that is best on one half of the windows.
+      at_best: way -> nats per byte of each seed at that rate on the other half; AdamW stopped early among them.
+      over_rates: way -> the same as the mean of the whole grid.
+    """
+
+    title: str
+    steps: int
+    rates: list[float]
+    nats: dict[str, np.ndarray]
+    best: dict[str, int]
+    at_best: dict[str, np.ndarray]
+    over_rates: dict[str, np.ndarray]
+
+
+def by_setting(lines: list[dict[str, Any]]) -> list[Setting]:
+    """Returns what the lines say, setting by setting; those without AdamW are left out."""
+    settings = []
+    for (setting, scale), group in tables.grouped(lines, lambda line: (line["setting"], line["scale"])).items():
+        nats = {way: over_all_rates(of_way) for way, of_way in tables.grouped(group, lambda line: line["way"]).items()}
+        if "AdamW" not in nats:
+            continue
+        rates = sorted({rate for line in group for rate in line["rates"]})
+        best = {way: int(each[..., -1, 0].mean(1).argmin()) for way, each in nats.items()}
+        at_best = {way: each[best[way], :, -1, 1] for way, each in nats.items()}
+        rate, mark = np.unravel_index(nats["AdamW"][..., 0].mean(1).argmin(), (len(rates), nats["AdamW"].shape[2]))
+        best[EARLY], at_best[EARLY] = int(rate), nats["AdamW"][rate, :, mark, 1]
+        over_rates = {way: each[:, :, -1].mean((0, 2)) for way, each in nats.items()}
+        title = f"{setting}, s = {scale:g}"
+        settings.append(Setting(title, group[0]["steps"], rates, nats, best, at_best, over_rates))
+    return settings
+
+
 def report(results: Path) -> str:
     """Returns the tables, one per setting and scale, and draws the figure."""
     lines = read_metrics(results / "small_decoder.jsonl")
-    text, shown = "", {}
-    for (setting, scale), group in tables.grouped(lines, lambda line: (line["setting"], line["scale"])).items():
-        found = {way: over_all_rates(of_way) for way, of_way in tables.grouped(group, lambda line: line["way"]).items()}
-        if "AdamW" not in found:
-            continue
-        rates, title = sorted({rate for line in group for rate in line["rates"]}), f"{setting}, s = {scale:g}"
-        best = {name: int(nats[..., -1, 0].mean(1).argmin()) for name, nats in found.items()}
-        at_best = {name: nats[best[name], :, -1, 1] for name, nats in found.items()}
-        over_rates = {name: nats[:, :, -1].mean((0, 2)) for name, nats in found.items()}
-        rate, mark = np.unravel_index(found["AdamW"][..., 0].mean(1).argmin(), (len(rates), found["AdamW"].shape[2]))
-        at_best[EARLY] = found["AdamW"][rate, :, mark, 1]
-        best[EARLY] = int(rate)
-        columns = [_minus(of, "AdamW") for of in (at_best, over_rates)]
-        rows = []
-        for name in at_best:
-            wide = "-"
-            if name in found:
-                valley = found[name][:, :, -1].mean((1, 2))
-                wide = str(int((valley <= valley.min() + WIDE).sum()))
-            compared = [cell for column in columns for cell in column.get(name, ("-", "-"))]
-            rows.append([name, f"{rates[best[name]]:g}", f"{at_best[name].mean():.4f}", *compared, wide])
-        header = ("way", "chosen η", "nats per byte", "minus AdamW", "p", "mean of rates minus AdamW", "p", "wide")
-        runs = f"{group[0]['steps']} steps, {tables.seeds_text(found['AdamW'].shape[1])}"
-        text += f"**{title}**, {runs}\n\n{markdown(header, rows)}\n\n"
-        shown[title] = {name: (rates, nats.mean((1, 3)), best[name]) for name, nats in found.items()}
-    if not text:
+    settings = by_setting(lines)
+    if not settings:
         return ""
-    draw(results / "small_decoder.png", shown)
+    text = ""
+    header = ("way", "chosen η", "nats per byte", "minus AdamW", "p", "mean of rates minus AdamW", "p", "wide")
+    for each in settings:
+        columns = [minus(of, "AdamW") for of in (each.at_best, each.over_rates)]
+        rows = []
+        for way, nats in each.at_best.items():
+            compared = [cell for column in columns for cell in _told(column.get(way))]
+            wide = str(_wide(each.nats[way])) if way in each.nats else "-"
+            rows.append([way, f"{each.rates[each.best[way]]:g}", f"{nats.mean():.4f}", *compared, wide])
+        runs = f"{each.steps} steps, {tables.seeds_text(len(each.at_best['AdamW']))}"
+        text += f"**{each.title}**, {runs}\n\n{markdown(header, rows)}\n\n"
+    draw(results / "small_decoder.png", settings)
     minutes = sum(line["seconds"] for line in lines) / 60
     made = " and ".join(sorted({line["machine"]["cpu"] for line in lines}))
     text += f"{LEGEND}\nMeasured on {made}, {minutes:.0f} minutes.\n\n"
@@ -72,35 +101,39 @@ def over_all_rates(lines: list[dict[str, Any]]) -> np.ndarray:
     return np.array([by_rate[rate] for rate in sorted(by_rate)])
 
 
-def _minus(of: dict[str, np.ndarray], baseline: str) -> dict[str, tuple[str, str]]:
-    """Returns each way's difference from the baseline, paired by seed, and its corrected p value."""
+def minus(of: dict[str, np.ndarray], baseline: str) -> dict[str, tuple[Estimate, float]]:
+    """Returns each way's difference from the baseline, paired by seed, and its p value, corrected for all of them."""
     differences = {name: each - of[baseline] for name, each in of.items() if name != baseline}
     p_values = holm([paired_p_value(each) for each in differences.values()])
-    return {
-        name: (tables.number(mean_interval(each), 4), pilot.p_text(p))
-        for (name, each), p in zip(differences.items(), p_values, strict=True)
-    }
+    return {name: (mean_interval(each), p) for (name, each), p in zip(differences.items(), p_values, strict=True)}
 
 
-def draw(path: Path, shown: dict[str, dict[str, tuple[list[float], np.ndarray, int]]]) -> None:
-    """Writes the figure: a column per table; above, nats per byte over η, below, over the run, each at its chosen η.
+def _told(difference: tuple[Estimate, float] | None) -> tuple[str, str]:
+    return (tables.number(difference[0], 4), pilot.p_text(difference[1])) if difference else ("-", "-")
 
-    Args:
-      path: the file.
-      shown: title -> way -> (its rates, its nats (rates, marks), the chosen rate's index).
-    """
-    figure = Figure(figsize=(5 * len(shown), 8.8), layout="constrained")
-    above, below = figure.subplots(2, len(shown), squeeze=False)
-    for ax, under, (title, found) in zip(above, below, shown.items(), strict=True):
-        for number, (name, (rates, nats, chosen)) in enumerate(found.items()):
-            line = {"color": f"C{number % 10}", "markersize": 3, "label": name}
+
+def _wide(nats: np.ndarray) -> int:
+    """Returns how many rates are close to the best of them."""
+    valley = nats[:, :, -1].mean((1, 2))
+    return int((valley <= valley.min() + WIDE).sum())
+
+
+def draw(path: Path, settings: list[Setting]) -> None:
+    """Writes the figure: a column per table; above, nats per byte over η, below, over the run, each at its chosen η."""
+    figure = Figure(figsize=(5 * len(settings), 8.8), layout="constrained")
+    above, below = figure.subplots(2, len(settings), squeeze=False)
+    for ax, under, each in zip(above, below, settings, strict=True):
+        low = np.inf
+        for number, (way, of_seeds) in enumerate(each.nats.items()):
+            nats = of_seeds.mean((1, 3))
+            low = min(low, nats[:, -1].min())
+            line = {"color": f"C{number % 10}", "markersize": 3, "label": way}
             style, share = "o-" if number < 10 else "o--", 100 * np.arange(1, nats.shape[1] + 1) / nats.shape[1]
-            ax.plot(rates, nats[:, -1], style, **line)
-            under.plot(share, nats[chosen], style, **line)
-        low = min(nats[:, -1].min() for _, nats, _ in found.values())
+            ax.plot(each.rates, nats[:, -1], style, **line)
+            under.plot(share, nats[each.best[way]], style, **line)
         ax.set_xscale("log")
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set(xlabel="peak learning rate η", title=title, ylim=(low - 0.01, low + 0.3))
+        ax.set(xlabel="peak learning rate η", title=each.title, ylim=(low - 0.01, low + 0.3))
         under.set(xlabel="share of the run, %", title="each at its chosen η", ylim=(low - 0.01, low + 0.3))
     above[0].set_ylabel("nats per byte")
     below[0].set_ylabel("nats per byte")
