@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from stable_lora_jax.data import Encoded, Question, encode_all, load_jsonl, load_task, load_tokenizer
@@ -58,6 +59,13 @@ def scored(model: Decoder, examples: Sequence[Encoded]) -> Evaluation:
     if jax.default_backend() == "cpu":
         return evaluate(model, examples)
     return evaluate(model, examples, max_tokens=_TOKENS)
+
+
+def right_answers(found: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the summed log p and the tokens of each question's right answer."""
+    answers = zip(found.log_likelihood, found.num_tokens, found.answer, strict=True)
+    log_p, tokens = zip(*((sums[a], counts[a]) for sums, counts, a in answers), strict=True)
+    return np.array(log_p), np.array(tokens)
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,24 +12,34 @@ token of the test set's own solutions still tell methods apart.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from experiments.running import tables
 from experiments.running.cells import Cell, Options, Record, bits, read_lines, run_cells, training
 from experiments.running.markdown import markdown
-from experiments.running.shared import scored, trained_model
+from experiments.running.shared import right_answers, scored, trained_model
 from experiments.running.smoke import smoke
+from experiments.studies import pilot
 from stable_lora_jax.data import Completion, encode_all, load_jsonl, load_tokenizer
-from stable_lora_jax.evaluation import exact_match
+from stable_lora_jax.evaluation import exact_match, seeds_and_questions
 from stable_lora_jax.models import generate
 
 AT_ONCE = 64  # problems answered at once
 PROMPT = "Question: {}\nAnswer:"
 GSM8K = Path(__file__).parent / "gsm8k" / "problems.jsonl"  # ten problems, for the smoke test
+
+
+OVER_PROBLEMS = ("nats minus AdamW, over problems too", "p")
+LEGEND = """\
+*Over problems too*: ± is half a 95 % interval over seeds and problems together, of one seed over the problems alone;
+p is not corrected.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +99,14 @@ def cells(config: CotConfig, prompt: str = PROMPT, rank: int = 8, **others: Any)
 
 
 def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
-    """Returns the share of problems whose generated answer ends in the right number, which ones, and the nats."""
+    """Returns the share of problems whose generated answer ends in the right number, which ones, and the nats.
+
+    Of every problem also the log p and the tokens of its own solution.
+    """
     model, tokenizer = trained_model(cell.train.model, directory), load_tokenizer(cell.train.model.name)
     problems = [item for item in load_jsonl(cell.score_on) if isinstance(item, Completion)]
-    nats = scored(model, encode_all(tokenizer, problems)).nll_token
+    found = scored(model, encode_all(tokenizer, problems))
+    log_p, tokens = right_answers(found)
     prompts = tokenizer([p.prompt for p in problems], add_special_tokens=True, verbose=False)["input_ids"]
     answers: list[list[int]] = []
     options: Any = {"max_new_tokens": config.max_new_tokens, "eos_id": tokenizer.eos_token_id}
@@ -101,7 +115,8 @@ def score(cell: Cell, directory: Path, config: CotConfig) -> Record:
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     right = [exact_match(text, problem.completion) for text, problem in zip(texts, problems, strict=True)]
     scores = {"accuracy_token": sum(right) / len(right), "questions": len(right), "correct_token": bits(right)}
-    return scores | {"nll_token": round(nats, 6)}
+    nats = {"nll_token": round(found.nll_token, 6), "log_p": np.round(log_p, 3).tolist(), "tokens": tokens.tolist()}
+    return scores | nats
 
 
 def report(results: Path, name: str = "cot") -> str:
@@ -109,15 +124,28 @@ def report(results: Path, name: str = "cot") -> str:
     records, text = read_lines(name, results), ""
     for each in tables.grouped(records, lambda record: tables.setting(record, *tables.OF_METHODS, "steps")).values():
         groups = tables.grouped(each, lambda record: (record["steps"], record["train"]["method"]))
-        rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
+        scores = tables.scored(groups, lambda key: (key[0], "adamw")).items()
+        rows = [[*key, *row, *_over_problems(groups[key], groups.get((key[0], "adamw"), []))] for key, row in scores]
         text += f"**{each[0]['train']['model']}**, exact match\n\n"
-        text += f"{markdown(('steps', 'method', *tables.SCORES), rows)}\n\n{tables.made_by(groups)}"
-    return text + tables.failures(records) + (tables.LEGEND if text else "")
+        text += f"{markdown(('steps', 'method', *tables.SCORES, *OVER_PROBLEMS), rows)}\n\n{tables.made_by(groups)}"
+    return text + tables.failures(records) + (f"{tables.LEGEND}\n{LEGEND}" if text else "")
+
+
+def _over_problems(records: Sequence[Record], baseline: Sequence[Record]) -> tuple[str, str]:
+    """Returns the nats per token minus those of the baseline's runs of the same seeds, and the p value."""
+    of_seed = {record["train"]["seed"]: record for record in baseline}
+    pairs = [(record, of_seed[record["train"]["seed"]]) for record in records if record["train"]["seed"] in of_seed]
+    if not pairs or all(record is other for record, other in pairs):
+        return "-", "-"
+    differences = np.array([np.subtract(other["log_p"], record["log_p"]) for record, other in pairs])
+    found, p = seeds_and_questions(differences, records[0]["tokens"])
+    return pilot.told(found), pilot.p_text(p)
 
 
 def main(config: CotConfig) -> None:
     if config.smoke:
-        with smoke(config, lengths=(4,), seeds=1, max_new_tokens=4, train=str(GSM8K), test=str(GSM8K)) as small:
+        problems = {"train": str(GSM8K), "test": str(GSM8K), "max_new_tokens": 4}
+        with smoke(config, lengths=(4,), seeds=1, methods=("stable-lora", "adamw"), **problems) as small:
             main(small)
         return
     run_cells("cot", cells(config), config, lambda cell, directory: score(cell, directory, config))

@@ -30,12 +30,11 @@ import numpy as np
 import tyro
 
 from experiments.running.cells import Cell, Options, Record, bits, run_cells, training
-from experiments.running.shared import scored, trained_model
+from experiments.running.shared import right_answers, scored, trained_model
 from experiments.running.smoke import smoke
 from experiments.studies.pilot import EARLY
 from experiments.studies.rates_tables import report
 from stable_lora_jax.data import Encoded, encode_all, hold_out, load_jsonl, load_task, load_tokenizer
-from stable_lora_jax.evaluation import Evaluation
 from stable_lora_jax.training import RunDirectory
 
 # setting -> (task, questions trained on or None for all, steps)
@@ -166,13 +165,6 @@ def score(cell: Cell, directory: Path, config: RatesConfig) -> Record:
     curve = [(line["step"], round(line["validation"]["loss"], 4)) for line in lines if "validation" in line]
     summary |= {"held_out_curve": curve} if curve else {}
     return summary | {"log_p": np.round(log_p, 3).tolist(), "tokens": tokens.tolist()}
-
-
-def right_answers(found: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the summed log p and the tokens of each question's right answer."""
-    answers = zip(found.log_likelihood, found.num_tokens, found.answer, strict=True)
-    log_p, tokens = zip(*((sums[a], counts[a]) for sums, counts, a in answers), strict=True)
-    return np.array(log_p), np.array(tokens)
 
 
 def main(config: RatesConfig) -> None:
