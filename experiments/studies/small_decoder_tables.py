@@ -18,8 +18,9 @@ WIDE, EARLY = 0.01, "AdamW, stopped early"
 LEGEND = f"""\
 Nats per byte on windows of ARC-Easy's test split. *Minus AdamW*: mean difference over runs of the same seed, with
 half a 95 % interval over the seeds (Student's t); at the rate that is best on one half of the windows, on the other
-half, and as the mean of the whole grid. p values are of paired t tests, corrected (Holm) within a column of a table.
-*Wide*: rates of the grid within {WIDE} of the way's own best. {EARLY}: rate and step are chosen together.
+half, and as the mean of the rates that all ways have. p values are of paired t tests, corrected (Holm) within a column
+of a table. *Edge*: the chosen rate is the first or last of the way's grid, so a better one may lie outside. *Wide*:
+rates within {WIDE} of the way's own best. {EARLY}: rate and step are chosen together.
 """
 
 
@@ -30,16 +31,16 @@ class Setting:
     Attributes:
       title: setting and s.
       steps: of every run.
-      rates: the grid of η.
+      rates: way -> its grid of η.
       nats: way -> nats per byte (rates, seeds, marks, halves).
       best: way -> index of the rate that is best on one half of the windows.
       at_best: way -> nats per byte of each seed at that rate on the other half; AdamW stopped early among them.
-      over_rates: way -> the same as the mean of the whole grid.
+      over_rates: way -> the same on both halves, as the mean of the rates that all ways have.
     """
 
     title: str
     steps: int
-    rates: list[float]
+    rates: dict[str, list[float]]
     nats: dict[str, np.ndarray]
     best: dict[str, int]
     at_best: dict[str, np.ndarray]
@@ -50,15 +51,20 @@ def by_setting(lines: list[dict[str, Any]]) -> list[Setting]:
     """Returns what the lines say, setting by setting; those without AdamW are left out."""
     settings = []
     for (setting, scale), group in tables.grouped(lines, lambda line: (line["setting"], line["scale"])).items():
-        nats = {way: over_all_rates(of_way) for way, of_way in tables.grouped(group, lambda line: line["way"]).items()}
-        if "AdamW" not in nats:
+        of_ways = tables.grouped(group, lambda line: line["way"])
+        if "AdamW" not in of_ways:
             continue
-        rates = sorted({rate for line in group for rate in line["rates"]})
+        rates = {way: sorted(rate for line in each for rate in line["rates"]) for way, each in of_ways.items()}
+        nats = {way: over_all_rates(each) for way, each in of_ways.items()}
+        shared = set.intersection(*map(set, rates.values()))
         best = {way: int(each[..., -1, 0].mean(1).argmin()) for way, each in nats.items()}
         at_best = {way: each[best[way], :, -1, 1] for way, each in nats.items()}
-        rate, mark = np.unravel_index(nats["AdamW"][..., 0].mean(1).argmin(), (len(rates), nats["AdamW"].shape[2]))
+        chosen_on = nats["AdamW"][..., 0].mean(1)
+        rate, mark = np.unravel_index(chosen_on.argmin(), chosen_on.shape)
         best[EARLY], at_best[EARLY] = int(rate), nats["AdamW"][rate, :, mark, 1]
-        over_rates = {way: each[:, :, -1].mean((0, 2)) for way, each in nats.items()}
+        over_rates = {
+            way: each[[rate in shared for rate in rates[way]], :, -1].mean((0, 2)) for way, each in nats.items()
+        }
         title = f"{setting}, s = {scale:g}"
         settings.append(Setting(title, group[0]["steps"], rates, nats, best, at_best, over_rates))
     return settings
@@ -78,7 +84,7 @@ def report(results: Path) -> str:
         for way, nats in each.at_best.items():
             compared = [cell for column in columns for cell in _told(column.get(way))]
             wide = str(_wide(each.nats[way])) if way in each.nats else "-"
-            rows.append([way, f"{each.rates[each.best[way]]:g}", f"{nats.mean():.4f}", *compared, wide])
+            rows.append([way, chosen(each, way), f"{nats.mean():.4f}", *compared, wide])
         runs = f"{each.steps} steps, {tables.seeds_text(len(each.at_best['AdamW']))}"
         text += f"**{each.title}**, {runs}\n\n{markdown(header, rows)}\n\n"
     draw(results / "small_decoder.png", settings)
@@ -102,10 +108,20 @@ def over_all_rates(lines: list[dict[str, Any]]) -> np.ndarray:
 
 
 def minus(of: dict[str, np.ndarray], baseline: str) -> dict[str, tuple[Estimate, float]]:
-    """Returns each way's difference from the baseline, paired by seed, and its p value, corrected for all of them."""
+    """Returns each way's difference from the baseline, paired by seed, and its p value, corrected for all of them.
+
+    Ways that came out the same, as a quarter of A₀ and s^(-1/2) of it do at s = 16, are counted once.
+    """
     differences = {name: each - of[baseline] for name, each in of.items() if name != baseline}
-    p_values = holm([paired_p_value(each) for each in differences.values()])
-    return {name: (mean_interval(each), p) for (name, each), p in zip(differences.items(), p_values, strict=True)}
+    unlike = {each.tobytes(): each for each in differences.values()}
+    p_values = dict(zip(unlike, holm([paired_p_value(each) for each in unlike.values()]), strict=True))
+    return {name: (mean_interval(each), p_values[each.tobytes()]) for name, each in differences.items()}
+
+
+def chosen(setting: Setting, way: str) -> str:
+    """Returns the rate that was chosen, and whether it is the first or last of the way's grid."""
+    rates, index = setting.rates["AdamW" if way == EARLY else way], setting.best[way]
+    return f"{rates[index]:g}" + (" (edge)" if len(rates) > 1 and index in (0, len(rates) - 1) else "")
 
 
 def _told(difference: tuple[Estimate, float] | None) -> tuple[str, str]:
@@ -129,7 +145,7 @@ def draw(path: Path, settings: list[Setting]) -> None:
             low = min(low, nats[:, -1].min())
             line = {"color": f"C{number % 10}", "markersize": 3, "label": way}
             style, share = "o-" if number < 10 else "o--", 100 * np.arange(1, nats.shape[1] + 1) / nats.shape[1]
-            ax.plot(each.rates, nats[:, -1], style, **line)
+            ax.plot(each.rates[way], nats[:, -1], style, **line)
             under.plot(share, nats[each.best[way]], style, **line)
         ax.set_xscale("log")
         ax.xaxis.set_minor_locator(NullLocator())
