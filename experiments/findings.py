@@ -134,21 +134,20 @@ def _small_decoder(results: Path) -> list[str]:
         values = [of_setting[way][0].value for _, of_setting in found for way in ways if way in of_setting]
         return f"{min(values):+.3f} to {max(values):+.3f}"
 
-    apart = [
-        f"{way} ({each.title}: {estimate.value:+.3f})"
-        for each, of_setting in found
-        for way, (estimate, p) in of_setting.items()
-        if p < 0.05
-    ]
+    compared: dict[tuple[str, Estimate], tuple[str, float]] = {}
+    for each, of_setting in found:
+        for way, (estimate, p) in of_setting.items():
+            if not np.isnan(p):  # ways that came out the same are one comparison, under the first's name
+                compared.setdefault((each.title, estimate), (way, p))
+    apart = [f"{way} ({title}: {found.value:+.3f})" for (title, found), (way, p) in compared.items() if p < 0.05]
     lams = [way for way in settings[0].nats if way.startswith("λ")]
     told = ("A₀ × 1/4", _DECAY, "‖A‖ kept")
     others = "; ".join(f"{way} {span(way)}" for way in told if way in settings[0].nats)
-    compared = sum(not np.isnan(p) for _, of_setting in found for _, p in of_setting.values())
     seeds = tables.seeds_text(*(len(each.at_best["AdamW"]) for each in settings))
     return [
         f"* Small decoder ({'; '.join(each.title for each in settings)}; {seeds}): at each way's best rate, against "
         f"AdamW, {lams[0]} to {lams[-1].removeprefix('λ = ')} has {span(*lams)} nats per byte; {others}. Of "
-        f"{compared} comparisons, corrected within each setting, p < 0.05 have: {', '.join(apart) or 'none'}."
+        f"{len(compared)} comparisons, corrected within each setting, p < 0.05 have: {', '.join(apart) or 'none'}."
     ]
 
 
