@@ -17,10 +17,10 @@ from stable_lora_jax.training import read_metrics
 WIDE, EARLY = 0.01, "AdamW, stopped early"
 LEGEND = f"""\
 Nats per byte on windows of ARC-Easy's test split. *Minus AdamW*: mean difference over runs of the same seed, with
-half a 95 % interval over the seeds (Student's t); at the rate that is best on one half of the windows, on the other
-half, and as the mean of the rates that all ways have. p values are of paired t tests, corrected (Holm) within a column
-of a table. *Edge*: the chosen rate is the first or last of the way's grid, so a better one may lie outside. *Wide*:
-rates within {WIDE} of the way's own best. {EARLY}: rate and step are chosen together.
+half a 95 % interval over the seeds (Student's t), for the same windows; at the rate that is best on one half of the
+windows, on the other half, and as the mean of the rates that all ways have. p values are of paired t tests, corrected
+(Holm) within a column of a table. *Edge*: the chosen rate is the first or last of the way's grid, so a better one may
+lie outside. *Wide*: rates within {WIDE} of the way's own best. {EARLY}: rate and step are chosen together.
 """
 
 
