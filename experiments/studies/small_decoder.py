@@ -3,7 +3,7 @@
 Question:  with few data and with fresh data, at s = 2 and at s = 16, which ways to make A small are better than AdamW
            at its own best rate, and is one rule without λ better than every fixed λ and than A₀ × 1/4 in all four?
 Command:   python -m experiments.studies.small_decoder
-Hardware:  2 CPU cores, 2 GB. Minutes: 100; half of it with --scales 16.
+Hardware:  2 CPU cores, 2 GB. Minutes: 100; 13 with --scales 16 --seeds 1.
 Expected:  (2026-11-27, 2026-11-29) in LOG.md.
 
 A decoder of three layers of width 64 over bytes is pretrained on Social IQA's questions and answers, and adapted by
