@@ -3,6 +3,7 @@
 Question:  with few data and with fresh data, at s = 2 and at s = 16, which ways to make A small are better than AdamW
            at its own best rate, and is one rule without λ better than every fixed λ and than A₀ × 1/4 in all four?
 Command:   python -m experiments.studies.small_decoder
+           and, for the way whose best rate was the lowest, --scales 16 --rates 5e-4 1e-3 --variants 'A₀ = 0, B₀ random'
 Hardware:  2 CPU cores, 2 GB. Minutes: 100; 13 with --scales 16 --seeds 1.
 Expected:  (2026-11-27, 2026-11-29) in LOG.md.
 
