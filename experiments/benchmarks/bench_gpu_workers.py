@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.bench_timing import peak_gigabytes
+from experiments.benchmarks.bench_timing import peak_gigabytes, peft_logits
 
 WARM = 3
 TARGETS = {"qv": ["q_proj", "v_proj"]}
@@ -148,8 +148,8 @@ def peft(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     tokens, targets = (torch.as_tensor(x, device=device) for x in rows_of(cell, raw["vocab_size"]))
 
     def loss() -> Any:
-        logits = model(tokens, logits_to_keep=cell["predicted"], use_cache=False).logits.float()
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits = peft_logits(model, tokens, cell["predicted"], use_cache=False)
+        return torch.nn.functional.cross_entropy(logits, targets.flatten())
 
     forward = torch.compile(loss) if "compiled" in cell["contender"] else loss
 

@@ -102,7 +102,8 @@ def table(result: dict[str, Any]) -> str:
         ours, bare, peft = cell["ours"], cell["bare"], cell.get("peft", {})
         theirs = [cell.get(name, {}).get("median_seconds") for name in ("peft", "peft-compiled")]
         known = [seconds for seconds in theirs if seconds]
-        row = [cell["machine"]["cpu"], cell["dtype"], cell["length"]]
+        processor = filter(None, (cell["machine"].get(name) for name in ("cpu", "instructions")))
+        row = [", ".join(processor), cell["dtype"], cell["length"]]
         row += [f"{ours['median_seconds']:.2f}", f"{bare['median_seconds']:.2f}"]
         row += [f"{seconds:.2f}" if seconds else "-" for seconds in theirs]
         row += [f"{min(known) / ours['median_seconds']:.2f}" if known else "-", f"{ours['floor_seconds']:.2f}"]

@@ -15,6 +15,7 @@ from experiments.benchmarks.bench_timing import (
     VOCABULARY,
     answer_batch,
     peak_gigabytes,
+    peft_logits,
     random_rows,
     timed,
 )
@@ -227,8 +228,7 @@ def peft(length: int, dtype: str, steps: int, compiled: bool = False) -> dict[st
     tokens, targets = (torch.as_tensor(x) for x in random_rows(length))
 
     def loss() -> Any:
-        logits = model(tokens, logits_to_keep=ANSWER).logits.float()
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return torch.nn.functional.cross_entropy(peft_logits(model, tokens, ANSWER), targets.flatten())
 
     if compiled:
         loss = torch.compile(loss)

@@ -8,14 +8,20 @@ from typing import Any
 from stable_lora_jax.training.provenance import commit as package_commit
 from stable_lora_jax.training.provenance import versions
 
+# Instructions that matrix products are made of, the widest first.
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "svebf16", "sve", "asimd")
+
 
 def machine() -> dict[str, Any]:
-    """Returns the processor, its number of cores and its architecture."""
-    listed = Path("/proc/cpuinfo")  # of Linux
-    lines = listed.read_text().splitlines() if listed.exists() else []
+    """Returns the processor, its number of cores, its architecture and its widest instructions for products.
+
+    Hosts hide which generation a processor is of ("AMD EPYC"), so its name alone does not tell machines apart.
+    """
+    lines = _cpuinfo().splitlines()
     names = [line for line in lines if line.startswith("model name")]
-    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
-    return {"cpu": cpu, "cores": os.cpu_count(), "architecture": platform.machine()}
+    cpu, known = names[0].partition(":")[2].strip() if names else platform.processor(), set(_cpuinfo().split())
+    widest = next((name for name in _INSTRUCTIONS if name in known), None)
+    return {"cpu": cpu, "cores": os.cpu_count(), "architecture": platform.machine(), "instructions": widest}
 
 
 def has_bfloat16() -> bool:
@@ -24,9 +30,14 @@ def has_bfloat16() -> bool:
 
     if jax.default_backend() != "cpu":
         return True
-    listed = Path("/proc/cpuinfo")  # of Linux; elsewhere float32 is the safe answer
-    words = set(listed.read_text().split()) if listed.exists() else set()
-    return bool(words & {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"})
+    # Where nothing is listed, float32 is the safe answer.
+    return bool(set(_cpuinfo().split()) & {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"})
+
+
+def _cpuinfo() -> str:
+    """Returns what Linux tells of its processors; nothing elsewhere."""
+    listed = Path("/proc/cpuinfo")
+    return listed.read_text() if listed.exists() else ""
 
 
 def provenance() -> dict[str, Any]:
