@@ -10,7 +10,7 @@ from experiments.running.cells import Record, correctness, read_lines
 from experiments.studies import pilot, small_decoder_tables
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
-from experiments.studies.rates_tables import Group, Repeated, by_setting, of_pilot, repeated
+from experiments.studies.rates_tables import Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 from stable_lora_jax.training import read_metrics
 
@@ -98,6 +98,7 @@ def details(results: Path) -> str:
             f"* The stop rule makes a large λ safe: at s = 2 and λ = 0.02 an epoch ends {_points(stops)} below AdamW, "
             f"and without the rule {_points(never)}.",
             *_repeats(results),
+            *_at_best_rates(results),
             *_small_decoder(results),
             "",
             "± is half a 95 % interval over the seeds; in brackets, a 95 % interval over questions for the same runs.",
@@ -120,6 +121,30 @@ def _repeats(results: Path) -> list[str]:
         seeds = tables.seeds_text(*(each.seeds for each in found))
         where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}, ± over questions"
         sentences.append(f"* Cells of the pilot, measured again here ({where}): {'; '.join(told)}.")
+    return sentences
+
+
+def _at_best_rates(results: Path) -> list[str]:
+    """Returns what methods are worth at their best rates of the grids that were measured here, a sentence each."""
+    sentences = []
+    for group, by_cell in by_setting(results).items():
+        if (grid := grid_of(by_cell)) is None:
+            continue
+
+        def chosen(method: str, grid: Grid = grid) -> str:
+            return f"{method} (η = {grid.rates[grid.best[method]]:g}{', an edge' if grid.is_edge(method) else ''})"
+
+        told = [
+            f"{chosen(name)} {pilot.told(pilot.compared(grid.setting, grid.at_best, name)[0])}"
+            for name in grid.best
+            if name != "AdamW"
+        ]
+        over = "questions" if len(grid.seeds) == 1 else "seeds and questions"
+        where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {tables.seeds_text(len(grid.seeds))}, ± over {over}"
+        sentences.append(
+            f"* Each at the best of {len(grid.rates)} rates from {grid.rates[0]:g} to {grid.rates[-1]:g} ({where}): "
+            f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}."
+        )
     return sentences
 
 

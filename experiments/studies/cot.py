@@ -7,8 +7,8 @@ Paper:     3B at 5000 steps: 59.44 with Stable-LoRA, 58.83 with AdamW.
 
 η, s and λ are not searched here; the paper searches them for each method. Lines of a training file have "query" and
 "response" (MetaMathQA) or "question" and "answer" (GSM8K); those of more than 512 tokens, 5 of GSM8K's 7473, are left
-out. Where a model is too small to solve problems, the nats per
-token of the test set's own solutions still tell methods apart.
+out. Where a model is too small to solve problems, the nats per token of the test set's own solutions still tell methods
+apart.
 """
 
 import hashlib

@@ -114,26 +114,55 @@ def report(results: Path) -> str:
     return f"{text}{LEGEND}\n![nats per token over the learning rate, and held-out nats over steps](rates.png)\n"
 
 
-def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
-    """Returns the table of the methods that have every rate, and what the figure shows; nothing of a single one."""
+class Grid(NamedTuple):
+    """Methods that have every rate, with the seeds that all of them have.
+
+    Attributes:
+      rates: η, rising.
+      seeds: shared ones.
+      setting: each method's log p, (rates, seeds, questions).
+      best: method -> index of the rate whose held-out nats are least over the seeds.
+    """
+
+    rates: list[float]
+    seeds: list[int]
+    setting: pilot.Setting
+    best: dict[str, int]
+
+    def at_best(self, setting: pilot.Setting, method: str) -> np.ndarray:
+        """Returns a method's log p at its best rate, (seeds, questions)."""
+        return setting.log_p[method][self.best[method]]
+
+    def is_edge(self, method: str) -> bool:
+        """Returns whether the best rate is the grid's first or last, so that a better one may lie outside."""
+        return self.best[method] in (0, len(self.rates) - 1)
+
+
+def grid_of(by_cell: Mapping[CellKey, Record]) -> Grid | None:
+    """Returns the methods to be compared; None without AdamW, another method and two rates."""
     rates = sorted({rate for _, rate, _ in by_cell})
     methods = [name for name in dict.fromkeys(key[0] for key in by_cell) if _whole(by_cell, name, rates, range(1))]
     seeds = [s for s in sorted({key[2] for key in by_cell}) if all(_whole(by_cell, m, rates, [s]) for m in methods)]
     if "AdamW" not in methods or len(methods) < 2 or len(rates) < 2:
-        return "", None
+        return None
 
-    def grid(name: str, field: str) -> np.ndarray:
+    def of(name: str, field: str) -> np.ndarray:
         return np.array([[by_cell[name, rate, seed][field] for seed in seeds] for rate in rates], float)
 
     tokens = np.array(by_cell[methods[0], rates[0], seeds[0]]["tokens"], float)
-    setting = pilot.Setting({name: grid(name, "log_p") for name in methods}, tokens, {})
-    best = {name: int(grid(name, "held_out_nll").mean(1).argmin()) for name in methods}
+    setting = pilot.Setting({name: of(name, "log_p") for name in methods}, tokens, {})
+    return Grid(rates, seeds, setting, {name: int(of(name, "held_out_nll").mean(1).argmin()) for name in methods})
 
-    def at_best(setting: pilot.Setting, name: str) -> np.ndarray:
-        return setting.log_p[name][best[name]]
 
+def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
+    """Returns the table of the methods that have every rate, and what the figure shows; nothing of a single one."""
+    grid = grid_of(by_cell)
+    if grid is None:
+        return "", None
+    rates, seeds, setting, best = grid
+    methods, tokens = list(best), setting.tokens
     others = [name for name in methods if name != "AdamW"]
-    differing = [[pilot.compared(setting, of, name) for name in others] for of in (at_best, pilot.over_rates)]
+    differing = [[pilot.compared(setting, of, name) for name in others] for of in (grid.at_best, pilot.over_rates)]
     told = {
         name: [
             cell
@@ -147,7 +176,7 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
         (
             name,
             *(f"{value:.3f}" for value in nats[name]),
-            f"{rates[best[name]]:g}" + (" (edge)" if best[name] in (0, len(rates) - 1) else ""),
+            f"{rates[best[name]]:g}" + (" (edge)" if grid.is_edge(name) else ""),
             *told.get(name, ["-"] * 4),
             pilot.width(setting, name),
         )
