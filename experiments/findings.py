@@ -45,7 +45,7 @@ def verdict(results: Path) -> str:
         f"A: {decay}). What it buys is robustness to a rate that is too high, and simpler means buy it too: averaged "
         f"over the rates, λ = 0.002 is {few[0]} nats better than AdamW with few data and many passes, the smaller "
         f"start {few[1]} and a quarter of the rate for B {few[2]}; with fresh data they are {fresh[0]}, {fresh[1]} and "
-        f"{fresh[2]} worse (95 % intervals over seeds and questions).{_again(results)}\n"
+        f"{fresh[2]} worse (95 % intervals over seeds and questions).{_again(results)}{_below_the_pilot(results)}\n"
     )
 
 
@@ -58,6 +58,26 @@ def _again(results: Path) -> str:
         f" Of these runs {len(pairs)} were made again with this package, and came out within "
         f"{max(abs(there - here) for there, here in pairs):.3f} nats of the first."
     )
+
+
+def _below_the_pilot(results: Path) -> str:
+    """Returns what is left of the pilot's differences where AdamW's best rate was found below the pilot's grid."""
+    told = ""
+    for group, by_cell in by_setting(results).items():
+        grid = grid_of(by_cell)
+        if grid is None or of_pilot(group) is None or grid.rates[grid.best["AdamW"]] >= min(pilot.RATES):
+            continue
+        gains = [
+            f"{pilot.told(pilot.compared(grid.setting, grid.at_best, name)[0])} ({name})"
+            for name in ("λ = 0.002", "A₀ × 1/4")
+            if name in grid.best
+        ]
+        told += (
+            f" With {group.name} data AdamW's best rate lies below that grid, at {grid.rates[grid.best['AdamW']]:g} or "
+            f"lower, and each at its best rate, the differences are {' and '.join(gains)} nats "
+            f"({tables.seeds_text(len(grid.seeds))}, over {_over(grid)})."
+        )
+    return told
 
 
 def details(results: Path) -> str:
@@ -139,13 +159,17 @@ def _at_best_rates(results: Path) -> list[str]:
             for name in grid.best
             if name != "AdamW"
         ]
-        over = "questions" if len(grid.seeds) == 1 else "seeds and questions"
-        where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {tables.seeds_text(len(grid.seeds))}, ± over {over}"
+        seeds = f"{tables.seeds_text(len(grid.seeds))}, ± over {_over(grid)}"
+        where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}"
         sentences.append(
             f"* Each at the best of {len(grid.rates)} rates from {grid.rates[0]:g} to {grid.rates[-1]:g} ({where}): "
             f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}."
         )
     return sentences
+
+
+def _over(grid: Grid) -> str:
+    return "questions" if len(grid.seeds) == 1 else "seeds and questions"
 
 
 def _small_decoder(results: Path) -> list[str]:
