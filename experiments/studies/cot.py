@@ -2,7 +2,12 @@
 
 Question:  after 1000, 2000 and 5000 steps on worked solutions, how much of GSM8K do AdamW and Stable-LoRA answer right?
 Command:   python -m experiments.studies.cot --model Qwen/Qwen2-0.5B     (--train and --test take .jsonl files; --help)
-Hardware:  an accelerator of 16 GB or more. Minutes: not measured; not for a CPU, but with --smoke.
+Hardware:  an accelerator of 16 GB or more. Minutes: not measured. On two cores 100 steps of the 135M model take 8,
+           and the answers to 200 problems 5: `--train` and `--test` of GSM8K's own files, `--lengths 100 --scale 16
+           --learning-rate 5e-4 --lam 0.002 --seeds 1 --max-new-tokens 200 --methods adamw stable-lora`.
+Expected:  (2026-11-30) in LOG.md.
+Observed:  that small form: λ = 0.002 minus AdamW is +0.005 ± 0.001 nats per token of the test solutions (one
+           seed, over 200 problems), AdamW answers 3.0 % and Stable-LoRA 3.5 % right.
 Paper:     3B at 5000 steps: 59.44 with Stable-LoRA, 58.83 with AdamW.
 
 η, s and λ are not searched here; the paper searches them for each method. Lines of a training file have "query" and
