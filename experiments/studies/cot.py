@@ -3,8 +3,9 @@
 Question:  after 1000, 2000 and 5000 steps on worked solutions, how much of GSM8K do AdamW and Stable-LoRA answer right?
 Command:   python -m experiments.studies.cot --model Qwen/Qwen2-0.5B     (--train and --test take .jsonl files; --help)
 Hardware:  an accelerator of 16 GB or more. Minutes: not measured. On two cores 100 steps of the 135M model take 8,
-           and the answers to 200 problems 5: `--train` and `--test` of GSM8K's own files, `--lengths 100 --scale 16
-           --learning-rate 5e-4 --lam 0.002 --seeds 1 --max-new-tokens 200 --methods adamw stable-lora`.
+           and the answers to 200 problems 5: `--train` GSM8K's own file, `--test` the first 200 lines of its test file,
+           `--lengths 100 --scale 16 --learning-rate 5e-4 --lam 0.002 --seeds 1 --max-new-tokens 200 --methods adamw
+           stable-lora`.
 Expected:  (2026-11-30) in LOG.md.
 Observed:  that small form: λ = 0.002 minus AdamW is +0.005 ± 0.001 nats per token of the test solutions (one
            seed, over 200 problems), AdamW answers 3.0 % and Stable-LoRA 3.5 % right.
