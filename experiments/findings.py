@@ -67,11 +67,7 @@ def _below_the_pilot(results: Path) -> str:
         grid = grid_of(by_cell)
         if grid is None or of_pilot(group) is None or grid.rates[grid.best["AdamW"]] >= min(pilot.RATES):
             continue
-        gains = [
-            f"{pilot.told(pilot.compared(grid.setting, grid.at_best, name)[0])} ({name})"
-            for name in ("λ = 0.002", "A₀ × 1/4")
-            if name in grid.best
-        ]
+        gains = [f"{_at_best(grid, name)} ({name})" for name in ("λ = 0.002", "A₀ × 1/4") if name in grid.best]
         told += (
             f" With {group.name} data AdamW's best rate lies below that grid, at {grid.rates[grid.best['AdamW']]:g} or "
             f"lower, and each at its best rate, the differences are {' and '.join(gains)} nats "
@@ -154,11 +150,7 @@ def _at_best_rates(results: Path) -> list[str]:
         def chosen(method: str, grid: Grid = grid) -> str:
             return f"{method} (η = {grid.rates[grid.best[method]]:g}{', an edge' if grid.is_edge(method) else ''})"
 
-        told = [
-            f"{chosen(name)} {pilot.told(pilot.compared(grid.setting, grid.at_best, name)[0])}"
-            for name in grid.best
-            if name != "AdamW"
-        ]
+        told = [f"{chosen(name)} {_at_best(grid, name)}" for name in grid.best if name != "AdamW"]
         seeds = f"{tables.seeds_text(len(grid.seeds))}, ± over {_over(grid)}"
         where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}"
         sentences.append(
@@ -166,6 +158,11 @@ def _at_best_rates(results: Path) -> list[str]:
             f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}."
         )
     return sentences
+
+
+def _at_best(grid: Grid, method: str) -> str:
+    """Returns a method's nats per token minus AdamW's, each at its best rate."""
+    return pilot.told(pilot.compared(grid.setting, grid.at_best, method)[0])
 
 
 def _over(grid: Grid) -> str:
