@@ -69,9 +69,9 @@ def _below_the_pilot(results: Path) -> str:
             continue
         gains = [f"{_at_best(grid, name)} ({name})" for name in ("λ = 0.002", "A₀ × 1/4") if name in grid.best]
         told += (
-            f" With {group.name} data AdamW's best rate lies below that grid, at {grid.rates[grid.best['AdamW']]:g} or "
-            f"lower, and each at its best rate, the differences are {' and '.join(gains)} nats "
-            f"({tables.seeds_text(len(grid.seeds))}, over {_over(grid)})."
+            f" With {group.name} data AdamW's best rate lies below that grid, at {grid.rates[grid.best['AdamW']]:g}"
+            f"{' or lower' if grid.is_edge('AdamW') else ''}, and each at its best rate, the differences are "
+            f"{' and '.join(gains)} nats ({tables.seeds_text(len(grid.seeds_at_best))}, over {_over(grid)})."
         )
     return told
 
@@ -151,7 +151,7 @@ def _at_best_rates(results: Path) -> list[str]:
             return f"{method} (η = {grid.rates[grid.best[method]]:g}{', an edge' if grid.is_edge(method) else ''})"
 
         told = [f"{chosen(name)} {_at_best(grid, name)}" for name in grid.best if name != "AdamW"]
-        seeds = f"{tables.seeds_text(len(grid.seeds))}, ± over {_over(grid)}"
+        seeds = f"{tables.seeds_text(len(grid.seeds_at_best))}, ± over {_over(grid)}"
         where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}"
         sentences.append(
             f"* Each at the best of {len(grid.rates)} rates from {grid.rates[0]:g} to {grid.rates[-1]:g} ({where}): "
@@ -162,11 +162,11 @@ def _at_best_rates(results: Path) -> list[str]:
 
 def _at_best(grid: Grid, method: str) -> str:
     """Returns a method's nats per token minus AdamW's, each at its best rate."""
-    return pilot.told(pilot.compared(grid.setting, grid.at_best, method)[0])
+    return pilot.told(grid.gain(method)[0])
 
 
 def _over(grid: Grid) -> str:
-    return "questions" if len(grid.seeds) == 1 else "seeds and questions"
+    return "questions" if len(grid.seeds_at_best) == 1 else "seeds and questions"
 
 
 def _small_decoder(results: Path) -> list[str]:

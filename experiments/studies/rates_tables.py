@@ -1,7 +1,7 @@
 """The tables of experiments.studies.rates: curves over the rates, and differences at each method's best one."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -19,7 +19,8 @@ LEGEND = """\
 least over the seeds. ± is half a 95 % interval over seeds and questions together, of one seed over the questions
 alone; p values of a column are corrected (Holm). *Edge*: the best rate is the grid's first or last, so a better one may
 lie outside. *Rates within 0.05*: whose nats are at most 0.05 above the method's own least, with a 95 % bootstrap
-interval over seeds and questions. Only seeds that all methods and rates of a table have are in it.
+interval over seeds and questions. Curves, choices and means are of the seeds that all methods have at every rate,
+differences at the best rates of those that they have at these.
 """
 BESIDE = """\
 *Beside the pilot*: each cell that was measured here, and the pilot's own number. *Minus AdamW*: at the same rate, ±
@@ -122,16 +123,20 @@ class Grid(NamedTuple):
       seeds: shared ones.
       setting: each method's log p, (rates, seeds, questions).
       best: method -> index of the rate whose held-out nats are least over the seeds.
+      seeds_at_best: those that all methods have at their best rates: `seeds`, and some that chose nothing.
+      at_best: method -> its log p there, (seeds, questions).
     """
 
     rates: list[float]
     seeds: list[int]
     setting: pilot.Setting
     best: dict[str, int]
+    seeds_at_best: list[int]
+    at_best: dict[str, np.ndarray]
 
-    def at_best(self, setting: pilot.Setting, method: str) -> np.ndarray:
-        """Returns a method's log p at its best rate, (seeds, questions)."""
-        return setting.log_p[method][self.best[method]]
+    def gain(self, method: str) -> tuple[Estimate, float]:
+        """Returns nats per token minus AdamW's, each at its best rate, with a 95 % interval and its p value."""
+        return pilot.compared(self.setting, lambda _, name: self.at_best[name], method)
 
     def is_edge(self, method: str) -> bool:
         """Returns whether the best rate is the grid's first or last, so that a better one may lie outside."""
@@ -141,8 +146,9 @@ class Grid(NamedTuple):
 def grid_of(by_cell: Mapping[CellKey, Record]) -> Grid | None:
     """Returns the methods to be compared; None without AdamW, another method and two rates."""
     rates = sorted({rate for _, rate, _ in by_cell})
-    methods = [name for name in dict.fromkeys(key[0] for key in by_cell) if _whole(by_cell, name, rates, range(1))]
-    seeds = [s for s in sorted({key[2] for key in by_cell}) if all(_whole(by_cell, m, rates, [s]) for m in methods)]
+    methods = [name for name in dict.fromkeys(key[0] for key in by_cell) if _whole(by_cell, name, rates, 0)]
+    every = sorted({seed for _, _, seed in by_cell})
+    seeds = [seed for seed in every if all(_whole(by_cell, name, rates, seed) for name in methods)]
     if "AdamW" not in methods or len(methods) < 2 or len(rates) < 2:
         return None
 
@@ -151,7 +157,10 @@ def grid_of(by_cell: Mapping[CellKey, Record]) -> Grid | None:
 
     tokens = np.array(by_cell[methods[0], rates[0], seeds[0]]["tokens"], float)
     setting = pilot.Setting({name: of(name, "log_p") for name in methods}, tokens, {})
-    return Grid(rates, seeds, setting, {name: int(of(name, "held_out_nll").mean(1).argmin()) for name in methods})
+    best = {name: int(of(name, "held_out_nll").mean(1).argmin()) for name in methods}
+    more = [seed for seed in every if all((name, rates[index], seed) in by_cell for name, index in best.items())]
+    at_best = {n: np.array([by_cell[n, rates[i], seed]["log_p"] for seed in more], float) for n, i in best.items()}
+    return Grid(rates, seeds, setting, best, more, at_best)
 
 
 def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
@@ -159,10 +168,11 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
     grid = grid_of(by_cell)
     if grid is None:
         return "", None
-    rates, seeds, setting, best = grid
+    rates, seeds, setting, best = grid.rates, grid.seeds, grid.setting, grid.best
     methods, tokens = list(best), setting.tokens
     others = [name for name in methods if name != "AdamW"]
-    differing = [[pilot.compared(setting, of, name) for name in others] for of in (grid.at_best, pilot.over_rates)]
+    differing = [[grid.gain(name) for name in others]]
+    differing += [[pilot.compared(setting, pilot.over_rates, name) for name in others]]
     told = {
         name: [
             cell
@@ -188,7 +198,10 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
         rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in seeds], axis=0).T
         for rate in (rates if pilot.EARLY in methods else ())
     }
-    text = f"**{title}**, {len(tokens)} questions, {tables.seeds_text(len(seeds))}\n\n{markdown(header, rows)}\n\n"
+    title = f"**{title}**, {len(tokens)} questions, {tables.seeds_text(len(seeds))}"
+    if len(grid.seeds_at_best) > len(seeds):
+        title += f", {len(grid.seeds_at_best)} at the best rates"
+    text = f"{title}\n\n{markdown(header, rows)}\n\n"
     return text, Curves(rates, nats, over_steps)
 
 
@@ -266,5 +279,5 @@ def draw(path: Path, curves: dict[str, Curves]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _whole(by_cell: Mapping[CellKey, Record], method: str, rates: list[float], seeds: Iterable[int]) -> bool:
-    return all((method, rate, seed) in by_cell for rate in rates for seed in seeds)
+def _whole(by_cell: Mapping[CellKey, Record], method: str, rates: list[float], seed: int) -> bool:
+    return all((method, rate, seed) in by_cell for rate in rates)

@@ -67,6 +67,17 @@ def test_methods_without_every_rate_are_left_out(few):
     assert shrunk[1:5] == ["2.529", "2.552", "2.790", "6.25e-05 (edge)"]
 
 
+def test_more_seeds_at_the_best_rates_count_there_alone(few):
+    lines = lines_of(few, (0, 1), (0,)) | lines_of(few, (0,), (1, 2))
+    text, curves = rates_tables.over_rates("few", lines)
+    assert "2376 questions, 1 seed, 3 at the best rates" in text
+    assert all(np.array_equal(curves.nats[name], few.nats(name)[:2, 0]) for name in METHODS)
+    grid = rates_tables.grid_of(lines)
+    assert (grid.seeds, grid.seeds_at_best) == ([0], [0, 1, 2])
+    for name in METHODS[1:]:
+        assert grid.gain(name) == pilot.compared(few, lambda setting, method: setting.log_p[method][0], name)
+
+
 def test_lines_are_told_by_their_methods_names(tmp_path):
     config = rates.RatesConfig(settings=("few",), scales=(16.0,), rates=(1.25e-4,), seeds=1, runs=tmp_path / "runs")
     lines = [{"train": options_of(cell.fingerprint()["train"])} for cell in rates.cells(config)]
