@@ -1,5 +1,6 @@
 """What the committed lines say, in sentences: the verdict of README and documentation, made again by `make results`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,70 +11,71 @@ from experiments.running.cells import Record, correctness, read_lines
 from experiments.studies import pilot, small_decoder_tables
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
-from experiments.studies.rates_tables import Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
+from experiments.studies.rates_tables import PILOT, Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 from stable_lora_jax.training import read_metrics
 
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
 _DECAY = "decay on A, 0.002 per step"
+_DATA = {"few": "few data and many passes", "arc3": "three passes", "fresh": "fresh data"}  # the pilot's settings
+_HIGH = 2.5e-4  # a rate of the pilot that is too high with few data
 EPOCH = 281  # steps of an epoch of ARC-Easy
 
 
 def verdict(results: Path) -> str:
-    """Returns the verdict in two sentences, from the pilot's runs, and how close those came that were made again."""
+    """Returns what the shrink is worth at the best learning rates and at higher ones, and what simpler means are."""
     settings = {name: pilot.load(results, name) for name in pilot.SETTINGS}
 
-    def at_best(setting: str, method: str) -> Estimate:
-        return pilot.compared(settings[setting], pilot.at_best_rate, method)[0]
-
     def span(*methods: str) -> str:
-        found = [at_best(setting, method).value for setting in settings for method in methods]
+        each = [(setting, method) for setting in settings.values() for method in methods]
+        found = [pilot.compared(setting, pilot.at_best_rate, method)[0].value for setting, method in each]
         return f"{min(found):+.3f} to {max(found):+.3f}"
 
-    def over_rates(setting: str) -> list[str]:
-        means = ("λ = 0.002", "A₀ × 1/4", "rate of B × 1/4")
-        found = [pilot.compared(settings[setting], pilot.over_rates, method)[0] for method in means]
-        return [tables.number(each, 3).removeprefix("-") for each in found]
-
-    shrink, decay, start = (tables.number(at_best("fresh", name), 3) for name in ("λ = 0.005", _DECAY, "A₀ × 1/4"))
-    few, fresh = over_rates("few"), over_rates("fresh")
+    best = {name: pilot.RATES[setting.nats("AdamW").mean(1).argmin()] for name, setting in settings.items()}
+    below = _below_the_pilot(results)
+    corrected = "".join(_told_below(name, grid) for name, grid in below.items())
+    best |= {name: grid.of_best("AdamW") for name, grid in below.items()}
+    helps = {name: _better_from(setting, "λ = 0.002") for name, setting in settings.items()}
+    where = [f"{rate:g} with {_DATA[name]} (AdamW's best: {best[name]:g})" for name, rate in helps.items()]
+    high, means = pilot.RATES.index(_HIGH), ("λ = 0.002", "A₀ × 1/4", "rate of B × 1/4")
+    gains = [tables.number(_at(settings["few"], high, method), 3).removeprefix("-") for method in means]
     return (
-        f"At each method's best of {len(pilot.RATES)} learning rates (420 runs of a 135M model, three settings), λ of "
-        f"0.0005 to 0.005 changes the nats per token of the right answers by {span(*_LAMS)} against AdamW, a start of "
-        f"a quarter of the size by {span('A₀ × 1/4')}, and stopping AdamW early by {span(pilot.EARLY)}; only with "
-        f"fresh data does the shrink gain what a smaller start does not (λ = 0.005: {shrink}; start: {start}; decay on "
-        f"A: {decay}). What it buys is robustness to a rate that is too high, and simpler means buy it too: averaged "
-        f"over the rates, λ = 0.002 is {few[0]} nats better than AdamW with few data and many passes, the smaller "
-        f"start {few[1]} and a quarter of the rate for B {few[2]}; with fresh data they are {fresh[0]}, {fresh[1]} and "
-        f"{fresh[2]} worse (95 % intervals over seeds and questions).{_again(results)}{_below_the_pilot(results)}\n"
+        f"Each method at its best of {len(pilot.RATES)} learning rates (420 runs of a 135M model, three settings), the "
+        f"right answers' nats per token differ from AdamW's by {span(*_LAMS)} with λ of 0.0005 to 0.005 (negative is "
+        f"better), by {span('A₀ × 1/4')} with a start of a quarter of the size, and by {span(pilot.EARLY)} with AdamW "
+        f"stopped early{corrected}. What the shrink buys is robustness to a rate that is too high, and simpler means "
+        f"buy it too: λ = 0.002 is better than AdamW at rates from "
+        f"{', '.join(where[:-1])} and {where[-1]}; with {_DATA['few']}, at {_HIGH:g}, it gains {gains[0]} nats, the "
+        f"smaller start {gains[1]}, and a quarter of the rate for B {gains[2]} (95 % intervals over seeds and "
+        f"questions).\n"
     )
 
 
-def _again(results: Path) -> str:
-    """Returns how many of the pilot's numbers were measured again by this package, and how close they came."""
-    pairs = [each.nats for found in _repeated(results).values() for each in found]
-    if not pairs:
-        return ""
+def _at(setting: pilot.Setting, index: int, method: str) -> Estimate:
+    """Returns nats per token minus AdamW's at one of the pilot's rates."""
+    return pilot.compared(setting, lambda setting, name: setting.log_p[name][index], method)[0]
+
+
+def _better_from(setting: pilot.Setting, method: str) -> float:
+    """Returns the pilot's rate from which on a method is better than AdamW, with all of the interval."""
+    better = [_at(setting, index, method).high < 0 for index in range(len(pilot.RATES))]
+    return next(rate for index, rate in enumerate(pilot.RATES) if all(better[index:]))
+
+
+def _below_the_pilot(results: Path) -> dict[str, Grid]:
+    """Returns what was measured here of settings where AdamW's best rate was found below the pilot's grid."""
+    grids = {group: grid_of(by_cell) for group, by_cell in by_setting(results).items() if of_pilot(group)}
+    below = {group.name: grid for group, grid in grids.items() if grid and grid.of_best("AdamW") < min(pilot.RATES)}
+    return {PILOT[name][0]: grid for name, grid in below.items()}
+
+
+def _told_below(name: str, grid: Grid) -> str:
+    gains = [f"{_at_best(grid, method)} with {method}" for method in ("λ = 0.002", "A₀ × 1/4") if method in grid.best]
+    lower = " or lower" if grid.is_edge("AdamW") else ""
     return (
-        f" Of these runs {len(pairs)} were made again with this package, and came out within "
-        f"{max(abs(there - here) for there, here in pairs):.3f} nats of the first."
+        f"; with {_DATA[name]}, where AdamW's best rate turned out to lie below those, at {grid.of_best('AdamW'):g}"
+        f"{lower}, by {' and '.join(gains)} ({tables.seeds_text(len(grid.seeds_at_best))}, over {_over(grid)})"
     )
-
-
-def _below_the_pilot(results: Path) -> str:
-    """Returns what is left of the pilot's differences where AdamW's best rate was found below the pilot's grid."""
-    told = ""
-    for group, by_cell in by_setting(results).items():
-        grid = grid_of(by_cell)
-        if grid is None or of_pilot(group) is None or grid.rates[grid.best["AdamW"]] >= min(pilot.RATES):
-            continue
-        gains = [f"{_at_best(grid, name)} ({name})" for name in ("λ = 0.002", "A₀ × 1/4") if name in grid.best]
-        told += (
-            f" With {group.name} data AdamW's best rate lies below that grid, at {grid.rates[grid.best['AdamW']]:g}"
-            f"{' or lower' if grid.is_edge('AdamW') else ''}, and each at its best rate, the differences are "
-            f"{' and '.join(gains)} nats ({tables.seeds_text(len(grid.seeds_at_best))}, over {_over(grid)})."
-        )
-    return told
 
 
 def details(results: Path) -> str:
@@ -113,6 +115,7 @@ def details(results: Path) -> str:
             f"{stable_ten['nll_token']:.3f} nats per token (one seed).",
             f"* The stop rule makes a large λ safe: at s = 2 and λ = 0.02 an epoch ends {_points(stops)} below AdamW, "
             f"and without the rule {_points(never)}.",
+            *_pilot(results),
             *_repeats(results),
             *_at_best_rates(results),
             *_small_decoder(results),
@@ -120,6 +123,30 @@ def details(results: Path) -> str:
             "± is half a 95 % interval over the seeds; in brackets, a 95 % interval over questions for the same runs.",
         ]
     )
+
+
+def _pilot(results: Path) -> list[str]:
+    """Returns what the pilot's runs say beyond the verdict, and how close those came that were made again."""
+    few, fresh = (pilot.load(results, name) for name in ("few", "fresh"))
+
+    def told(setting: pilot.Setting, of: Callable[[pilot.Setting, str], np.ndarray], *methods: str) -> str:
+        return ", ".join(f"{method} {pilot.told(pilot.compared(setting, of, method)[0])}" for method in methods)
+
+    means = ("λ = 0.002", "A₀ × 1/4", "rate of B × 1/4")
+    sentences = [
+        "* Only with fresh data does the shrink gain at the best rate what a smaller start does not (the pilot, nats "
+        f"per token against AdamW): {told(fresh, pilot.at_best_rate, 'λ = 0.005', 'A₀ × 1/4', _DECAY)}.",
+        f"* As the mean of the pilot's rates, against AdamW: {told(few, pilot.over_rates, *means)} with "
+        f"{_DATA['few']}; {told(fresh, pilot.over_rates, *means)} with {_DATA['fresh']}.",
+    ]
+    pairs = [each.nats for found in _repeated(results).values() for each in found]
+    if pairs:
+        apart = max(abs(there - here) for there, here in pairs)
+        sentences.append(
+            f"* {len(pairs)} of the pilot's numbers were measured again with this package and differ by at most "
+            f"{apart:.3f} nats per token."
+        )
+    return sentences
 
 
 def _repeats(results: Path) -> list[str]:
@@ -148,7 +175,7 @@ def _at_best_rates(results: Path) -> list[str]:
             continue
 
         def chosen(method: str, grid: Grid = grid) -> str:
-            return f"{method} (η = {grid.rates[grid.best[method]]:g}{', an edge' if grid.is_edge(method) else ''})"
+            return f"{method} (η = {grid.of_best(method):g}{', an edge' if grid.is_edge(method) else ''})"
 
         told = [f"{chosen(name)} {_at_best(grid, name)}" for name in grid.best if name != "AdamW"]
         seeds = f"{tables.seeds_text(len(grid.seeds_at_best))}, ± over {_over(grid)}"

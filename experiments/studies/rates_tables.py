@@ -134,6 +134,10 @@ class Grid(NamedTuple):
     seeds_at_best: list[int]
     at_best: dict[str, np.ndarray]
 
+    def of_best(self, method: str) -> float:
+        """Returns a method's best rate."""
+        return self.rates[self.best[method]]
+
     def gain(self, method: str) -> tuple[Estimate, float]:
         """Returns nats per token minus AdamW's, each at its best rate, with a 95 % interval and its p value."""
         return pilot.compared(self.setting, lambda _, name: self.at_best[name], method)
@@ -186,7 +190,7 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
         (
             name,
             *(f"{value:.3f}" for value in nats[name]),
-            f"{rates[best[name]]:g}" + (" (edge)" if grid.is_edge(name) else ""),
+            f"{grid.of_best(name):g}" + (" (edge)" if grid.is_edge(name) else ""),
             *told.get(name, ["-"] * 4),
             pilot.width(setting, name),
         )
