@@ -127,13 +127,22 @@ def details(results: Path) -> str:
 
 def _pilot(results: Path) -> list[str]:
     """Returns what the pilot's runs say beyond the verdict, and how close those came that were made again."""
-    few, fresh = (pilot.load(results, name) for name in ("few", "fresh"))
+    settings = {name: pilot.load(results, name) for name in pilot.SETTINGS}
+    few, fresh = settings["few"], settings["fresh"]
 
     def told(setting: pilot.Setting, of: Callable[[pilot.Setting, str], np.ndarray], *methods: str) -> str:
         return ", ".join(f"{method} {pilot.told(pilot.compared(setting, of, method)[0])}" for method in methods)
 
+    def against_adamw(rates: dict[str, int]) -> str:
+        found = {lam: [_at(settings[name], index, lam).value for name, index in rates.items()] for lam in _LAMS}
+        return ", ".join(f"{lam} {min(each):+.3f} to {max(each):+.3f}" for lam, each in found.items())
+
+    best = {name: int(setting.nats("AdamW").mean(1).argmin()) for name, setting in settings.items()}
     means = ("λ = 0.002", "A₀ × 1/4", "rate of B × 1/4")
     sentences = [
+        "* Which λ (the pilot's three settings, nats per token against AdamW at the same rate): at AdamW's best of the "
+        f"five, {against_adamw(best)}; at the highest, {pilot.RATES[-1]:g}, "
+        f"{against_adamw(dict.fromkeys(settings, -1))}.",
         "* Only with fresh data does the shrink gain at the best rate what a smaller start does not (the pilot, nats "
         f"per token against AdamW): {told(fresh, pilot.at_best_rate, 'λ = 0.005', 'A₀ × 1/4', _DECAY)}.",
         f"* As the mean of the pilot's rates, against AdamW: {told(few, pilot.over_rates, *means)} with "
