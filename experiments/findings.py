@@ -45,9 +45,9 @@ def verdict(results: Path) -> str:
         f"better), by {span('A₀ × 1/4')} with a start of a quarter of the size, and by {span(pilot.EARLY)} with AdamW "
         f"stopped early{corrected}. What the shrink buys is robustness to a rate that is too high, and simpler means "
         f"buy it too: λ = 0.002 is better than AdamW at rates from "
-        f"{', '.join(where[:-1])} and {where[-1]}; with {_DATA['few']}, at {_HIGH:g}, it gains {gains[0]} nats, the "
+        f"{_listed(where)}; with {_DATA['few']}, at {_HIGH:g}, it gains {gains[0]} nats, the "
         f"smaller start {gains[1]}, and a quarter of the rate for B {gains[2]} (95 % intervals over seeds and "
-        f"questions).\n"
+        f"questions, of one seed over questions).\n"
     )
 
 
@@ -70,12 +70,17 @@ def _below_the_pilot(results: Path) -> dict[str, Grid]:
 
 
 def _told_below(name: str, grid: Grid) -> str:
-    gains = [f"{_at_best(grid, method)} with {method}" for method in ("λ = 0.002", "A₀ × 1/4") if method in grid.best]
+    told = ("λ = 0.0005", "λ = 0.002", "A₀ × 1/4")
+    gains = [f"{_at_best(grid, method)} with {method}" for method in told if method in grid.best]
     lower = " or lower" if grid.is_edge("AdamW") else ""
     return (
         f"; with {_DATA[name]}, where AdamW's best rate turned out to lie below those, at {grid.of_best('AdamW'):g}"
-        f"{lower}, by {' and '.join(gains)} ({tables.seeds_text(len(grid.seeds_at_best))}, over {_over(grid)})"
+        f"{lower}, by {_listed(gains)}"
     )
+
+
+def _listed(parts: list[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
 def details(results: Path) -> str:
@@ -187,22 +192,17 @@ def _at_best_rates(results: Path) -> list[str]:
             return f"{method} (η = {grid.of_best(method):g}{', an edge' if grid.is_edge(method) else ''})"
 
         told = [f"{chosen(name)} {_at_best(grid, name)}" for name in grid.best if name != "AdamW"]
-        seeds = f"{tables.seeds_text(len(grid.seeds_at_best))}, ± over {_over(grid)}"
-        where = f"{group.name}, s = {group.scale:g}, {group.dtype}, {seeds}"
+        where = f"{group.name}, s = {group.scale:g}, {group.dtype}"
         sentences.append(
             f"* Each at the best of {len(grid.rates)} rates from {grid.rates[0]:g} to {grid.rates[-1]:g} ({where}): "
-            f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}."
+            f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}. Of one seed, ± is over questions alone."
         )
     return sentences
 
 
 def _at_best(grid: Grid, method: str) -> str:
-    """Returns a method's nats per token minus AdamW's, each at its best rate."""
-    return pilot.told(grid.gain(method)[0])
-
-
-def _over(grid: Grid) -> str:
-    return "questions" if len(grid.seeds_at_best) == 1 else "seeds and questions"
+    """Returns a method's nats per token minus AdamW's, each at its best rate, and of how many seeds that is."""
+    return f"{pilot.told(grid.gain(method)[0])} ({tables.seeds_text(len(grid.seeds_at_best(method)))})"
 
 
 def _small_decoder(results: Path) -> list[str]:

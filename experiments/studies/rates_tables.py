@@ -19,8 +19,8 @@ LEGEND = """\
 least over the seeds. ± is half a 95 % interval over seeds and questions together, of one seed over the questions
 alone; p values of a column are corrected (Holm). *Edge*: the best rate is the grid's first or last, so a better one may
 lie outside. *Rates within 0.05*: whose nats are at most 0.05 above the method's own least, with a 95 % bootstrap
-interval over seeds and questions. Curves, choices and means are of the seeds that all methods have at every rate,
-differences at the best rates of those that they have at these.
+interval over seeds and questions. Curves, choices and means are of the seeds that all methods have at every rate; a
+difference at the best rates is of those that the method and AdamW have there.
 """
 BESIDE = """\
 *Beside the pilot*: each cell that was measured here, and the pilot's own number. *Minus AdamW*: at the same rate, ±
@@ -123,24 +123,31 @@ class Grid(NamedTuple):
       seeds: shared ones.
       setting: each method's log p, (rates, seeds, questions).
       best: method -> index of the rate whose held-out nats are least over the seeds.
-      seeds_at_best: those that all methods have at their best rates: `seeds`, and some that chose nothing.
-      at_best: method -> its log p there, (seeds, questions).
+      at_best: method -> seed -> its log p there: of `seeds`, and of some that chose nothing.
     """
 
     rates: list[float]
     seeds: list[int]
     setting: pilot.Setting
     best: dict[str, int]
-    seeds_at_best: list[int]
-    at_best: dict[str, np.ndarray]
+    at_best: dict[str, dict[int, np.ndarray]]
 
     def of_best(self, method: str) -> float:
         """Returns a method's best rate."""
         return self.rates[self.best[method]]
 
+    def seeds_at_best(self, method: str) -> list[int]:
+        """Returns the seeds that the method and AdamW have, each at its best rate."""
+        return [seed for seed in self.at_best["AdamW"] if seed in self.at_best[method]]
+
     def gain(self, method: str) -> tuple[Estimate, float]:
         """Returns nats per token minus AdamW's, each at its best rate, with a 95 % interval and its p value."""
-        return pilot.compared(self.setting, lambda _, name: self.at_best[name], method)
+        seeds = self.seeds_at_best(method)
+
+        def at_best(_: pilot.Setting, name: str) -> np.ndarray:
+            return np.stack([self.at_best[name][seed] for seed in seeds])
+
+        return pilot.compared(self.setting, at_best, method)
 
     def is_edge(self, method: str) -> bool:
         """Returns whether the best rate is the grid's first or last, so that a better one may lie outside."""
@@ -162,9 +169,12 @@ def grid_of(by_cell: Mapping[CellKey, Record]) -> Grid | None:
     tokens = np.array(by_cell[methods[0], rates[0], seeds[0]]["tokens"], float)
     setting = pilot.Setting({name: of(name, "log_p") for name in methods}, tokens, {})
     best = {name: int(of(name, "held_out_nll").mean(1).argmin()) for name in methods}
-    more = [seed for seed in every if all((name, rates[index], seed) in by_cell for name, index in best.items())]
-    at_best = {n: np.array([by_cell[n, rates[i], seed]["log_p"] for seed in more], float) for n, i in best.items()}
-    return Grid(rates, seeds, setting, best, more, at_best)
+
+    def at_best(name: str) -> dict[int, np.ndarray]:
+        cells = {seed: (name, rates[best[name]], seed) for seed in every}
+        return {seed: np.array(by_cell[cell]["log_p"], float) for seed, cell in cells.items() if cell in by_cell}
+
+    return Grid(rates, seeds, setting, best, {name: at_best(name) for name in methods})
 
 
 def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
@@ -175,15 +185,17 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
     rates, seeds, setting, best = grid.rates, grid.seeds, grid.setting, grid.best
     methods, tokens = list(best), setting.tokens
     others = [name for name in methods if name != "AdamW"]
-    differing = [[grid.gain(name) for name in others]]
-    differing += [[pilot.compared(setting, pilot.over_rates, name) for name in others]]
+    gains = [grid.gain(name) for name in others]
+    means = [pilot.compared(setting, pilot.over_rates, name) for name in others]
+    corrected = zip(*(holm([p for _, p in found]) for found in (gains, means)), strict=True)
     told = {
         name: [
-            cell
-            for found in differing
-            for cell in (pilot.told(found[i][0]), pilot.p_text(holm([p for _, p in found])[i]))
+            f"{pilot.told(gain)} ({tables.seeds_text(len(grid.seeds_at_best(name)))})",
+            pilot.p_text(p),
+            pilot.told(mean),
+            pilot.p_text(p_of_mean),
         ]
-        for i, name in enumerate(others)
+        for name, (gain, _), (mean, _), (p, p_of_mean) in zip(others, gains, means, corrected, strict=True)
     }
     nats = {name: setting.nats(name).mean(1) for name in methods}
     rows = [
@@ -202,10 +214,7 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
         rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in seeds], axis=0).T
         for rate in (rates if pilot.EARLY in methods else ())
     }
-    title = f"**{title}**, {len(tokens)} questions, {tables.seeds_text(len(seeds))}"
-    if len(grid.seeds_at_best) > len(seeds):
-        title += f", {len(grid.seeds_at_best)} at the best rates"
-    text = f"{title}\n\n{markdown(header, rows)}\n\n"
+    text = f"**{title}**, {len(tokens)} questions, {tables.seeds_text(len(seeds))}\n\n{markdown(header, rows)}\n\n"
     return text, Curves(rates, nats, over_steps)
 
 

@@ -70,12 +70,15 @@ def test_methods_without_every_rate_are_left_out(few):
 def test_more_seeds_at_the_best_rates_count_there_alone(few):
     lines = lines_of(few, (0, 1), (0,)) | lines_of(few, (0,), (1, 2))
     text, curves = rates_tables.over_rates("few", lines)
-    assert "2376 questions, 1 seed, 3 at the best rates" in text
+    assert "2376 questions, 1 seed" in text
+    assert [row[4].endswith("(3 seeds)") for row in rows_of(text)] == [False, True, True]
     assert all(np.array_equal(curves.nats[name], few.nats(name)[:2, 0]) for name in METHODS)
     grid = rates_tables.grid_of(lines)
-    assert (grid.seeds, grid.seeds_at_best) == ([0], [0, 1, 2])
+    assert grid.seeds == [0]
     for name in METHODS[1:]:
         assert grid.gain(name) == pilot.compared(few, lambda setting, method: setting.log_p[method][0], name)
+    del lines["A₀ × 1/4", pilot.RATES[0], 2]
+    assert [rates_tables.grid_of(lines).seeds_at_best(name) for name in METHODS[1:]] == [[0, 1, 2], [0, 1]]
 
 
 def test_lines_are_told_by_their_methods_names(tmp_path):
