@@ -4,13 +4,14 @@ Question:  at each method's best learning rate, and over the whole grid, what do
            A₀ × 1/4 and decay on A, with few data and many passes, three passes, and fresh data, at s = 16 and at s = 2?
            Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
 Command:   python -m experiments.studies.rates    (--settings few --scales 16 --seeds 1; --part, --ray, --together)
-Hardware:  2 CPU cores, 6 GB. Minutes: 13 to 30 per cell; a setting and scale has 72 per seed, 16 hours or
+Hardware:  2 CPU cores, 6 GB. Minutes: 11 to 30 per cell; a setting and scale has 72 per seed, 13 hours or
            more. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1632, and their scoring.
-Expected:  (2026-11-27, 2026-11-29) in LOG.md.
-Observed:  nine cells so far, one seed. Six repeat the pilot: AdamW has 2.505 and 3.199 nats at the pilot's best rate
-           and at four times that (pilot: 2.502, 3.217); λ = 0.002 is 0.020 worse at the first (0.027) and 0.415 better
-           at the second (0.428), A₀ × 1/4 0.029 and 0.296 better (0.030, 0.301). Three are at half the pilot's lowest
-           rate, which is AdamW's best one: at each one's best, A₀ × 1/4 is 0.013 better and λ = 0.002 0.036 worse.
+Expected:  (2026-11-27, 2026-11-29, 2026-11-30) in LOG.md.
+Observed:  twenty-one cells so far, of few data at s = 16. Eight repeat the pilot: AdamW has 2.505 and 3.199 nats at
+           the pilot's best rate and at four times that (pilot: 2.502, 3.217); against it λ = 0.0005 has -0.014 and
+           -0.142 (-0.013, -0.143), λ = 0.002 +0.020 and -0.415 (+0.027, -0.428), A₀ × 1/4 -0.029 and -0.296 (-0.030,
+           -0.301). AdamW's best rate is half the pilot's lowest: each at its best, λ = 0.0005 is level with it, λ =
+           0.002 0.036 worse, and A₀ × 1/4 0.012 better.
 
 LoRA r = 8 on q and v, 8 questions per step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
 early: of ten validations, the adapter with the least held-out nats. Decay is per step at the peak rate: a weight decay
