@@ -112,7 +112,7 @@ def report(results: Path) -> str:
     if not curves:
         return text
     draw(results / "rates.png", curves)
-    return f"{text}{LEGEND}\n![nats per token over the learning rate, and held-out nats over steps](rates.png)\n"
+    return f"{text}{LEGEND}\n![nats per token over the learning rate](rates.png)\n"
 
 
 class Grid(NamedTuple):
@@ -274,21 +274,31 @@ def beside_pilot(title: str, by_cell: Mapping[CellKey, Record], theirs: pilot.Se
 
 
 def draw(path: Path, curves: dict[str, Curves]) -> None:
-    """Writes the figure: a column per table; above, nats per token over η, below, AdamW's held-out nats over steps."""
-    figure = Figure(figsize=(4.4 * len(curves), 8), layout="constrained")
-    above, below = figure.subplots(2, len(curves), squeeze=False)
-    for ax, under, (title, (rates, found, over_steps)) in zip(above, below, curves.items(), strict=True):
+    """Writes the figure: a column per table; above, nats per token over η, below, AdamW's held-out nats over steps.
+
+    Without any run that was validated while it trained, there is no row below.
+    """
+    validated = any(each.over_steps for each in curves.values())
+    figure = Figure(figsize=(4.4 * len(curves), 8 if validated else 4.2), layout="constrained")
+    axes = figure.subplots(2 if validated else 1, len(curves), squeeze=False)
+    for column, (title, (rates, found, over_steps)) in zip(axes.T, curves.items(), strict=True):
+        above = column[0]
         for name, nats in found.items():
-            ax.plot(rates, nats, marker="o", markersize=3.5, label=name)
-        for rate, (steps, nats) in over_steps.items():
-            under.plot(steps, nats, marker="o", markersize=3.5, label=f"η = {rate:g}")
-        ax.set(xscale="log", xlabel="peak learning rate η", title=title)
-        under.set(xlabel="step", title="AdamW while it trains")
-        if over_steps:
-            under.legend(fontsize=8)
-    above[0].set_ylabel("nats per token of the right answers")
-    below[0].set_ylabel("the same of the held-out questions")
-    above[0].legend(fontsize=8)
+            above.plot(rates, nats, marker="o", markersize=3.5, label=name)
+        above.set(xscale="log", xlabel="peak learning rate η", title=title)
+        above.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+        above.set_xticks([], minor=True)
+        for below in column[1:]:
+            for rate, (steps, nats) in over_steps.items():
+                below.plot(steps, nats, marker="o", markersize=3.5, label=f"η = {rate:g}")
+            below.set(xlabel="step", title="AdamW while it trains")
+            if over_steps:
+                below.legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
+    for row, label in zip(
+        axes, ("nats per token of the right answers", "the same of the held-out questions"), strict=False
+    ):
+        row[0].set_ylabel(label)
     figure.savefig(path, dpi=110)
 
 
