@@ -12,7 +12,7 @@ from experiments.running import tables
 from experiments.running.cells import Record, read_lines
 from experiments.running.markdown import markdown
 from experiments.studies import pilot
-from stable_lora_jax.evaluation import Estimate, holm
+from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 
 LEGEND = """\
 *At the best rate*: nats per token of the reported questions minus AdamW's, each at the rate whose held-out nats are
@@ -142,12 +142,9 @@ class Grid(NamedTuple):
 
     def gain(self, method: str) -> tuple[Estimate, float]:
         """Returns nats per token minus AdamW's, each at its best rate, with a 95 % interval and its p value."""
-        seeds = self.seeds_at_best(method)
-
-        def at_best(_: pilot.Setting, name: str) -> np.ndarray:
-            return np.stack([self.at_best[name][seed] for seed in seeds])
-
-        return pilot.compared(self.setting, at_best, method)
+        ours, adamw = self.at_best[method], self.at_best["AdamW"]
+        differences = np.stack([adamw[seed] - ours[seed] for seed in self.seeds_at_best(method)])
+        return seeds_and_questions(differences, self.setting.tokens)
 
     def is_edge(self, method: str) -> bool:
         """Returns whether the best rate is the grid's first or last, so that a better one may lie outside."""
