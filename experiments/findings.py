@@ -125,13 +125,14 @@ def details(results: Path) -> str:
             *_at_best_rates(results),
             *_small_decoder(results),
             "",
-            "± is half a 95 % interval over the seeds; in brackets, a 95 % interval over questions for the same runs.",
+            "± is half a 95 % interval over the seeds, and of the pilot and of rates over seeds and questions together; "
+            "in brackets, a 95 % interval over questions for the same runs.",
         ]
     )
 
 
 def _pilot(results: Path) -> list[str]:
-    """Returns what the pilot's runs say beyond the verdict, and how close those came that were made again."""
+    """Returns what the pilot's runs say beyond the verdict."""
     settings = {name: pilot.load(results, name) for name in pilot.SETTINGS}
     few, fresh = settings["few"], settings["fresh"]
 
@@ -144,7 +145,7 @@ def _pilot(results: Path) -> list[str]:
 
     best = {name: int(setting.nats("AdamW").mean(1).argmin()) for name, setting in settings.items()}
     means = ("λ = 0.002", "A₀ × 1/4", "rate of B × 1/4")
-    sentences = [
+    return [
         "* Which λ (the pilot's three settings, nats per token against AdamW at the same rate): at AdamW's best of the "
         f"five, {against_adamw(best)}; at the highest, {pilot.RATES[-1]:g}, "
         f"{against_adamw(dict.fromkeys(settings, -1))}.",
@@ -153,14 +154,6 @@ def _pilot(results: Path) -> list[str]:
         f"* As the mean of the pilot's rates, against AdamW: {told(few, pilot.over_rates, *means)} with "
         f"{_DATA['few']}; {told(fresh, pilot.over_rates, *means)} with {_DATA['fresh']}.",
     ]
-    pairs = [each.nats for found in _repeated(results).values() for each in found]
-    if pairs:
-        apart = max(abs(there - here) for there, here in pairs)
-        sentences.append(
-            f"* {len(pairs)} of the pilot's numbers were measured again with this package and differ by at most "
-            f"{apart:.3f} nats per token."
-        )
-    return sentences
 
 
 def _repeats(results: Path) -> list[str]:
