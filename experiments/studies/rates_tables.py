@@ -283,7 +283,7 @@ def draw(path: Path, curves: dict[str, Curves]) -> None:
         for name, nats in found.items():
             above.plot(rates, nats, marker="o", markersize=3.5, label=name)
         above.set(xscale="log", xlabel="peak learning rate η", title=title)
-        above.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+        above.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8, rotation=30)
         above.set_xticks([], minor=True)
         for below in column[1:]:
             for rate, (steps, nats) in over_steps.items():
