@@ -52,8 +52,7 @@ def peft_logits(model: Any, tokens: Any, predicted: int, **options: Any) -> Any:
     """Returns PEFT's float32 logits (rows * predicted, vocabulary) at the last positions.
 
     What `logits_to_keep` computes, without its price in bfloat16 on a CPU: there the slice of hidden states, which is
-    not contiguous, meets a copy of the output layer for each row, a third of a step of 8 x 64 tokens. One matrix of
-    rows meets the layer as it is.
+    not contiguous, meets a copy of the output layer for each row. One matrix of rows meets the layer as it is.
     """
     causal = model.base_model.model
     hidden = causal.model(tokens, **options).last_hidden_state[:, -predicted:]
