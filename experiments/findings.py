@@ -125,8 +125,8 @@ def details(results: Path) -> str:
             *_at_best_rates(results),
             *_small_decoder(results),
             "",
-            "± is half a 95 % interval over the seeds, and of the pilot and of rates over seeds and questions together; "
-            "in brackets, a 95 % interval over questions for the same runs.",
+            "± is half a 95 % interval over the seeds, and of the pilot and of rates over seeds and questions together;"
+            " in brackets, a 95 % interval over questions for the same runs.",
         ]
     )
 
