@@ -1,4 +1,4 @@
-"""What the committed lines say, in sentences: the verdict of README and documentation, made again by `make results`."""
+"""What the committed lines say, one finding after the other, made again by `make results`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,76 +11,14 @@ from experiments.running.cells import Record, correctness, read_lines
 from experiments.studies import pilot, small_decoder_tables
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
-from experiments.studies.rates_tables import PILOT, Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
+from experiments.studies.rates_tables import Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
+from experiments.verdict import DATA
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 from stable_lora_jax.training import read_metrics
 
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
 _DECAY = "decay on A, 0.002 per step"
-_DATA = {"few": "few data and many passes", "arc3": "three passes", "fresh": "fresh data"}  # the pilot's settings
-_HIGH = 2.5e-4  # a rate of the pilot that is too high with few data
 EPOCH = 281  # steps of an epoch of ARC-Easy
-
-
-def verdict(results: Path) -> str:
-    """Returns what the shrink is worth at the best learning rates and at higher ones, and what simpler means are."""
-    settings = {name: pilot.load(results, name) for name in pilot.SETTINGS}
-
-    def span(*methods: str) -> str:
-        each = [(setting, method) for setting in settings.values() for method in methods]
-        found = [pilot.compared(setting, pilot.at_best_rate, method)[0].value for setting, method in each]
-        return f"{min(found):+.3f} to {max(found):+.3f}"
-
-    best = {name: pilot.RATES[setting.nats("AdamW").mean(1).argmin()] for name, setting in settings.items()}
-    below = _below_the_pilot(results)
-    corrected = "".join(_told_below(name, grid) for name, grid in below.items())
-    best |= {name: grid.of_best("AdamW") for name, grid in below.items()}
-    helps = {name: _better_from(setting, "λ = 0.002") for name, setting in settings.items()}
-    where = [f"{rate:g} with {_DATA[name]} (AdamW's best: {best[name]:g})" for name, rate in helps.items()]
-    high, means = pilot.RATES.index(_HIGH), ("λ = 0.002", "A₀ × 1/4", "rate of B × 1/4")
-    gains = [tables.number(_at(settings["few"], high, method), 3).removeprefix("-") for method in means]
-    return (
-        f"Each method at its best of {len(pilot.RATES)} learning rates (420 runs of a 135M model, three settings), the "
-        f"right answers' nats per token differ from AdamW's by {span(*_LAMS)} with λ of 0.0005 to 0.005 (negative is "
-        f"better), by {span('A₀ × 1/4')} with a start of a quarter of the size, and by {span(pilot.EARLY)} with AdamW "
-        f"stopped early{corrected}. What the shrink buys is robustness to a rate that is too high, and simpler means "
-        f"buy it too: λ = 0.002 is better than AdamW at rates from "
-        f"{_listed(where)}; with {_DATA['few']}, at {_HIGH:g}, it gains {gains[0]} nats, the "
-        f"smaller start {gains[1]}, and a quarter of the rate for B {gains[2]} (95 % intervals over seeds and "
-        f"questions, of one seed over questions).\n"
-    )
-
-
-def _at(setting: pilot.Setting, index: int, method: str) -> Estimate:
-    """Returns nats per token minus AdamW's at one of the pilot's rates."""
-    return pilot.compared(setting, lambda setting, name: setting.log_p[name][index], method)[0]
-
-
-def _better_from(setting: pilot.Setting, method: str) -> float:
-    """Returns the pilot's rate from which on a method is better than AdamW, with all of the interval."""
-    better = [_at(setting, index, method).high < 0 for index in range(len(pilot.RATES))]
-    return next(rate for index, rate in enumerate(pilot.RATES) if all(better[index:]))
-
-
-def _below_the_pilot(results: Path) -> dict[str, Grid]:
-    """Returns what was measured here of settings where AdamW's best rate was found below the pilot's grid."""
-    grids = {group: grid_of(by_cell) for group, by_cell in by_setting(results).items() if of_pilot(group)}
-    below = {group.name: grid for group, grid in grids.items() if grid and grid.of_best("AdamW") < min(pilot.RATES)}
-    return {PILOT[name][0]: grid for name, grid in below.items()}
-
-
-def _told_below(name: str, grid: Grid) -> str:
-    told = ("λ = 0.0005", "λ = 0.002", "A₀ × 1/4")
-    gains = [f"{_at_best(grid, method)} with {method}" for method in told if method in grid.best]
-    lower = " or lower" if grid.is_edge("AdamW") else ""
-    return (
-        f"; with {_DATA[name]}, where AdamW's best rate turned out to lie below those, at {grid.of_best('AdamW'):g}"
-        f"{lower}, by {_listed(gains)}"
-    )
-
-
-def _listed(parts: list[str]) -> str:
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
 def details(results: Path) -> str:
@@ -140,7 +78,8 @@ def _pilot(results: Path) -> list[str]:
         return ", ".join(f"{method} {pilot.told(pilot.compared(setting, of, method)[0])}" for method in methods)
 
     def against_adamw(rates: dict[str, int]) -> str:
-        found = {lam: [_at(settings[name], index, lam).value for name, index in rates.items()] for lam in _LAMS}
+        at = [(settings[name], pilot.at_rate(index)) for name, index in rates.items()]
+        found = {lam: [pilot.compared(setting, of, lam)[0].value for setting, of in at] for lam in _LAMS}
         return ", ".join(f"{lam} {min(each):+.3f} to {max(each):+.3f}" for lam, each in found.items())
 
     best = {name: int(setting.nats("AdamW").mean(1).argmin()) for name, setting in settings.items()}
@@ -152,7 +91,7 @@ def _pilot(results: Path) -> list[str]:
         "* Only with fresh data does the shrink gain at the best rate what a smaller start does not (the pilot, nats "
         f"per token against AdamW): {told(fresh, pilot.at_best_rate, 'λ = 0.005', 'A₀ × 1/4', _DECAY)}.",
         f"* As the mean of the pilot's rates, against AdamW: {told(few, pilot.over_rates, *means)} with "
-        f"{_DATA['few']}; {told(fresh, pilot.over_rates, *means)} with {_DATA['fresh']}.",
+        f"{DATA['few']}; {told(fresh, pilot.over_rates, *means)} with {DATA['fresh']}.",
     ]
 
 

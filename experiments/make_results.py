@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import demo, findings, gpu_day
+from experiments import demo, findings, gpu_day, verdict
 from experiments.benchmarks import (
     bench_epoch,
     bench_optimizers,
@@ -92,7 +92,7 @@ def page(name: str, text: str) -> str:
 def blocks(made: dict[str, str], results: Path) -> dict[str, str]:
     """Returns name -> Markdown of every block that a document may hold."""
     tables = {name: make(json.loads((results / file).read_text())) for name, (make, file) in TABLES.items()}
-    told = {"verdict": findings.verdict(results), "findings": findings.details(results)}
+    told = {"verdict": verdict.verdict(results), "findings": findings.details(results)}
     return tables | told | {"qa": qa_tables.short(results), "results": list_of_pages(made)}
 
 

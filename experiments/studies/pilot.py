@@ -103,6 +103,11 @@ def at_best_rate(setting: Setting, method: str) -> Summed:
     return chosen
 
 
+def at_rate(index: int) -> Callable[[Setting, str], Summed]:
+    """Returns what gives log p at one of the rates."""
+    return lambda setting, method: setting.log_p[method][index]
+
+
 def over_rates(setting: Setting, method: str) -> Summed:
     """Returns log p meaned over the five rates."""
     return setting.log_p[method].mean(0)
