@@ -11,8 +11,16 @@ from experiments.running.cells import Record, correctness, read_lines
 from experiments.studies import pilot, small_decoder_tables
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
-from experiments.studies.rates_tables import Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
-from experiments.verdict import DATA
+from experiments.studies.rates_tables import (
+    Grid,
+    Group,
+    Repeated,
+    by_setting,
+    grid_of,
+    of_pilot,
+    repeated,
+)
+from experiments.verdict import DATA, TOLD, at_half_the_rate
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 from stable_lora_jax.training import read_metrics
 
@@ -61,6 +69,7 @@ def details(results: Path) -> str:
             *_pilot(results),
             *_repeats(results),
             *_at_best_rates(results),
+            _moved(results),
             *_small_decoder(results),
             "",
             "± is half a 95 % interval over the seeds, and of the pilot and of rates over seeds and questions together;"
@@ -130,6 +139,15 @@ def _at_best_rates(results: Path) -> list[str]:
             f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}. Of one seed, ± is over questions alone."
         )
     return sentences
+
+
+def _moved(results: Path) -> str:
+    """Returns how λ's curve over the rates differs from AdamW's, moved by an octave and as it is, in each setting."""
+    told = [
+        f"{min(moved):+.3f} to {max(moved):+.3f} with {data} (at the same rate {min(same):+.3f} to {max(same):+.3f})"
+        for data, (moved, same) in at_half_the_rate(results).items()
+    ]
+    return f"* {TOLD} at a rate, minus AdamW at half that rate, in nats per token: {'; '.join(told)}."
 
 
 def _at_best(grid: Grid, method: str) -> str:

@@ -15,7 +15,6 @@ Social IQA's validation split (1954), per question. Limits: one model, one s, fe
 the questions and reported on the other; the best rates of fresh lie at the grid's upper end, those of few at its lower.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments.running.markdown import markdown
+from experiments.studies.valley import GOOD_RATES, VALLEYS, valley
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 
 # As the runs are ordered; rates innermost.
@@ -48,8 +48,6 @@ RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
 SETTINGS = {"few": 3, "arc3": 2, "fresh": 2}  # and their seeds
 LENGTHS = (20, 40, 60, 80, 100)  # % of the run after which AdamW was scored
 SHOWN = ("AdamW", "λ = 0.0005", "λ = 0.002", "λ = 0.005", "A₀ × 1/4", "decay on A, 0.002 per step")
-WIDE = 0.05  # nats per token above a method's best that still count as good
-_RESAMPLES = 1000
 Summed = np.ndarray  # (seeds, questions): summed log p of the right answers
 
 
@@ -118,28 +116,6 @@ def compared(setting: Setting, of: Callable[[Setting, str], Summed], method: str
     return seeds_and_questions(of(setting, "AdamW") - of(setting, method), setting.tokens)
 
 
-@functools.cache
-def _drawn(count: int) -> np.ndarray:
-    """Returns how often each of so many is drawn, with replacement, in each resample: (count, resamples)."""
-    return np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), _RESAMPLES).T.astype(float)
-
-
-def width(setting: Setting, method: str) -> str:
-    """Returns how many of the rates are within `WIDE` of the method's best, as 3 (2 to 3).
-
-    In brackets, a 95 % interval by a bootstrap of seeds and questions.
-    """
-    rates, seeds, questions = setting.log_p[method].shape
-    drawn, weights = _drawn(questions), _drawn(seeds) / seeds
-    by_seed = -(setting.log_p[method].reshape(-1, questions) @ drawn).reshape(rates, seeds, -1)
-
-    def count(nats: np.ndarray) -> np.ndarray:
-        return (nats <= nats.min(0) + WIDE).sum(0)
-
-    low, high = np.quantile(count((by_seed * weights).sum(1) / (setting.tokens @ drawn)), [0.025, 0.975])
-    return f"{count(setting.nats(method).mean(1))} ({low:.0f} to {high:.0f})"
-
-
 def report(results: Path) -> str:
     """Returns the tables, one per setting, and draws the figure."""
     text = ""
@@ -159,20 +135,18 @@ def report(results: Path) -> str:
             if method != "AdamW":
                 shown = [told(best[method][0]), p_text(adjusted[id(best)][method])]
                 shown += ["-"] * 2 if method == EARLY else [told(mean[method][0]), p_text(adjusted[id(mean)][method])]
-            wide = "-" if method == EARLY else width(setting, method)
+            wide = "-" if method == EARLY else valley(setting.log_p[method], setting.tokens, RATES)
             rows.append([method, *curve, *shown, wide, f"{100 * right[nats.argmin()]:.1f}"])
         header = ("nats per token", *(f"η = {rate:g}" for rate in RATES), "at the best rate, minus AdamW", "p")
-        header += ("mean of the rates, minus AdamW", "p", f"rates within {WIDE}", "accuracy, %")
+        header += ("mean of the rates, minus AdamW", "p", GOOD_RATES, "accuracy, %")
         text += f"**{name}**, {len(setting.tokens)} questions, {SETTINGS[name]} seeds\n\n{markdown(header, rows)}\n\n"
     draw(results)
-    return f"{text}{LEGEND}\n![nats per token over the learning rate, and over AdamW's steps](pilot.png)\n"
+    return f"{text}{LEGEND}{VALLEYS}\n![nats per token over the learning rate, and over AdamW's steps](pilot.png)\n"
 
 
 LEGEND = """\
 ± is half a 95 % interval over seeds and questions together (normal; two or three seeds say little about seeds). The p
-values of a column are corrected (Holm) for its comparisons. *Rates within 0.05*: of the five, those whose nats are at
-most 0.05 above the method's own best, with a 95 % bootstrap interval over seeds and questions. *Accuracy*: per token,
-at the rate of least nats.
+values of a column are corrected (Holm) for its comparisons. *Accuracy*: per token, at the rate of least nats.
 """
 
 

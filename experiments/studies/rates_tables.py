@@ -12,15 +12,15 @@ from experiments.running import tables
 from experiments.running.cells import Record, read_lines
 from experiments.running.markdown import markdown
 from experiments.studies import pilot
+from experiments.studies.valley import GOOD_RATES, VALLEYS, valley
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 
 LEGEND = """\
 *At the best rate*: nats per token of the reported questions minus AdamW's, each at the rate whose held-out nats are
 least over the seeds. ± is half a 95 % interval over seeds and questions together, of one seed over the questions
 alone; p values of a column are corrected (Holm). *Edge*: the best rate is the grid's first or last, so a better one may
-lie outside. *Rates within 0.05*: whose nats are at most 0.05 above the method's own least, with a 95 % bootstrap
-interval over seeds and questions. Curves, choices and means are of the seeds that all methods have at every rate; a
-difference at the best rates is of those that the method and AdamW have there.
+lie outside. Curves, choices and means are of the seeds that all methods have at every rate; a difference at the best
+rates is of those that the method and AdamW have there.
 """
 BESIDE = """\
 *Beside the pilot*: each cell that was measured here, and the pilot's own number. *Minus AdamW*: at the same rate, ±
@@ -112,7 +112,7 @@ def report(results: Path) -> str:
     if not curves:
         return text
     draw(results / "rates.png", curves)
-    return f"{text}{LEGEND}\n![nats per token over the learning rate](rates.png)\n"
+    return f"{text}{LEGEND}{VALLEYS}\n![nats per token over the learning rate](rates.png)\n"
 
 
 class Grid(NamedTuple):
@@ -174,6 +174,13 @@ def grid_of(by_cell: Mapping[CellKey, Record]) -> Grid | None:
     return Grid(rates, seeds, setting, best, {name: at_best(name) for name in methods})
 
 
+def below_the_pilot(results: Path) -> dict[str, Grid]:
+    """Returns the pilot's settings in which AdamW's best rate was found below its grid, and what was measured there."""
+    grids = {group: grid_of(by_cell) for group, by_cell in by_setting(results).items() if of_pilot(group)}
+    below = {group.name: grid for group, grid in grids.items() if grid and grid.of_best("AdamW") < min(pilot.RATES)}
+    return {PILOT[name][0]: grid for name, grid in below.items()}
+
+
 def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
     """Returns the table of the methods that have every rate, and what the figure shows; nothing of a single one."""
     grid = grid_of(by_cell)
@@ -201,12 +208,12 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
             *(f"{value:.3f}" for value in nats[name]),
             f"{grid.of_best(name):g}" + (" (edge)" if grid.is_edge(name) else ""),
             *told.get(name, ["-"] * 4),
-            pilot.width(setting, name),
+            valley(setting.log_p[name], tokens, rates),
         )
         for name in methods
     ]
     header = ("nats per token", *(f"η = {rate:g}" for rate in rates), "chosen η", "at the best rate, minus AdamW", "p")
-    header += ("mean of the rates, minus AdamW", "p", f"rates within {pilot.WIDE}")
+    header += ("mean of the rates, minus AdamW", "p", GOOD_RATES)
     over_steps = {
         rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in seeds], axis=0).T
         for rate in (rates if pilot.EARLY in methods else ())

@@ -36,15 +36,6 @@ def test_differences_at_the_best_rate(few, method, value, margin):
     assert (found.high - found.low) / 2 == pytest.approx(margin, rel=0.1)
 
 
-def test_the_width_of_a_valley_and_how_sure_it_is():
-    tokens, rng = np.full(400, 3.0), np.random.default_rng(0)
-    nats = np.array([1.0, 1.04, 1.2])[:, None, None] * tokens + np.zeros((3, 2, 400))
-    assert pilot.width(pilot.Setting({"AdamW": -nats}, tokens, {}), "AdamW") == "2 (2 to 2)"
-    # The second rate is 0.05 above the first, by chance a little more or less.
-    nats[1] = 1.05 * tokens + rng.normal(0, 1, (2, 400))
-    assert pilot.width(pilot.Setting({"AdamW": -nats}, tokens, {}), "AdamW").endswith(" (1 to 2)")
-
-
 def test_an_interval_covers_the_truth():
     rng, covered = np.random.default_rng(0), 0
     tokens = rng.integers(1, 9, 400).astype(float)
