@@ -16,7 +16,7 @@ _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
 _START = "A₀ × 1/4"
 TOLD = "λ = 0.002"  # the λ whose whole curve is told
 _ROWS = ("AdamW", *_LAMS, _START, pilot.EARLY)
-_HIGH = 2.5e-4  # a rate of the pilot that is too high with few data
+_HIGH = 2.5e-4  # a rate that is too high with few data
 DATA: Mapping[str, str] = {  # of the pilot's settings
     "few": "few data and many passes",
     "arc3": "three passes",
@@ -48,17 +48,18 @@ def verdict(results: Path) -> str:
         return f"{min(found):+.3f} to {max(found):+.3f}"
 
     moved, same = (np.concatenate(each) for each in zip(*at_half_the_rate(results).values(), strict=True))
-    high = pilot.RATES.index(_HIGH)
-    gains = [
-        pilot.told(pilot.compared(pilots["few"], pilot.at_rate(high), method)[0]).removeprefix("-")
-        for method in (TOLD, _START)
-    ]
+    few = grids["few"]
+    high = pilot.at_rate(few.rates.index(_HIGH))
+    shrunk, start, early = (
+        pilot.told(pilot.compared(few.setting, high, method)[0]).removeprefix("-")
+        for method in (TOLD, _START, pilot.EARLY)
+    )
     return (
         f"With every method at its best learning rate, the right answers' nats per token differ from AdamW's by "
         f"{span(*_LAMS)} with λ of 0.0005 to 0.005 (negative is better), by {span(_START)} with a start of a quarter "
         f"of the size, and by {span(pilot.EARLY)} with AdamW stopped early. What the shrink buys is robustness to a "
-        f"rate that is too high ({gains[0]} nats with {DATA['few']} at η = {_HIGH:g}), which a smaller start "
-        f"({gains[1]}) and a lower rate buy too: over all rates of the three settings {TOLD} differs by "
+        f"rate that is too high ({shrunk} nats with {DATA['few']} at η = {_HIGH:g}), which a smaller start ({start}), "
+        f"stopping early ({early}) and a lower rate buy too: over all rates of the three settings {TOLD} differs by "
         f"{min(moved):+.3f} to {max(moved):+.3f} nats from AdamW at half its rate, and by {min(same):+.3f} to "
         f"{max(same):+.3f} from AdamW at the same rate.\n\n"
         f"{_table(judged)}\n\n"
