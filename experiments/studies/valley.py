@@ -1,7 +1,8 @@
 """How wide the valley of a curve over learning rates is: from which rate to which it is near its own best.
 
-Between the rates of the grid the curve is taken as straight over log η. Too few rates make a valley look narrow, as the
-curve lies below its chords; but they do so for all methods alike, where a count of good rates jumps by one.
+Between the rates of the grid the curve is taken as straight over log η. A convex curve lies below its chords, so a
+coarse grid puts the edges too far in, and its least too high, which puts them further out. A count of the good rates
+jumps by one, and does not tell where they lie.
 """
 
 import functools

@@ -48,7 +48,7 @@ def test_rates_need_no_even_steps():
 
 
 def test_the_interval_tells_what_chance_moves():
-    # Beside 4e-4 the curve is 0.05 above its least, by chance a little more or less, and 0.2 above beyond.
+    # Beside 4e-4 the curve is 0.05 above its least, by chance a little more or less, and 0.06 above beyond.
     v = found([1.4, 1.25, 1.0, 1.05, 1.06], noise=1.0)
     assert v.octaves.low < 1.25 < v.octaves.high
     assert v.octaves.high - v.octaves.low > 0.3
