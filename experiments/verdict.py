@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.running import tables
 from experiments.running.markdown import markdown
 from experiments.studies import pilot
 from experiments.studies.rates_tables import Grid, below_the_pilot
@@ -58,10 +59,11 @@ def verdict(results: Path) -> str:
         f"With every method at its best learning rate, the right answers' nats per token differ from AdamW's by "
         f"{span(*_LAMS)} with λ of 0.0005 to 0.005 (negative is better), by {span(_START)} with a start of a quarter "
         f"of the size, and by {span(pilot.EARLY)} with AdamW stopped early. What the shrink buys is robustness to a "
-        f"rate that is too high ({shrunk} nats with {DATA['few']} at η = {_HIGH:g}), which a smaller start ({start}), "
-        f"stopping early ({early}) and a lower rate buy too: over all rates of the three settings {TOLD} differs by "
-        f"{min(moved):+.3f} to {max(moved):+.3f} nats from AdamW at half its rate, and by {min(same):+.3f} to "
-        f"{max(same):+.3f} from AdamW at the same rate.\n\n"
+        f"rate that is too high ({shrunk} nats with {DATA['few']} at η = {_HIGH:g}, "
+        f"{tables.seeds_text(len(few.seeds))}), which a smaller start ({start}), stopping early ({early}) and a lower "
+        f"rate buy too: over all rates of the three settings {TOLD} differs by {min(moved):+.3f} to {max(moved):+.3f} "
+        f"nats from AdamW at half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate."
+        "\n\n"
         f"{_table(judged)}\n\n"
         "SmolLM2-135M, s = 16. *Minus AdamW*: in nats per token of the right answers, each at its best of 5 rates or "
         "more; ± is half a 95 % interval over seeds and questions, of one seed, where it says so, over questions "
