@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from stable_lora_jax.lora.dora import column_norms, rescaled
@@ -43,7 +44,8 @@ class LoRALinear(LoRALayer):
         """
         y = self.base(x) if out_sharding is None else self.base(x, out_sharding=out_sharding)
         x = x if self.dropout is None else self.dropout(x)
-        down = x.astype(y.dtype) @ self.lora_a[...].astype(y.dtype)
+        # r numbers per token: a backward pass that computes the rest again keeps these.
+        down = checkpoint_name(x.astype(y.dtype) @ self.lora_a[...].astype(y.dtype), "kept")
         up = jnp.matmul(self.scale * down, self.lora_b[...].astype(y.dtype), out_sharding=out_sharding)
         if self.magnitude is None:
             return y + up

@@ -53,6 +53,13 @@ def test_what_is_computed_again_is_counted():
     assert flops(True) > 1.1 * flops(False)
 
 
+def test_an_adapters_products_are_computed_once_forward_and_twice_back():
+    one, two = (estimated_work(replace(WORKLOAD, rank=rank), abstract_mesh(1, 1, 1)).flops for rank in (1, 2))
+    c = WORKLOAD.config
+    fans = 2 * c.hidden_size + (c.num_heads + c.num_kv_heads) * c.head_dim  # of q and v, in and out
+    assert two - one == 3 * 2 * WORKLOAD.tokens * c.num_layers * fans
+
+
 def test_adapters_add_little_to_what_the_backward_pass_keeps():
     def temporaries(targets):
         deep = tiny.config(vocab_size=64, num_layers=64)
