@@ -64,7 +64,7 @@ def _with_normaliser(vocab_axis: int, hidden: Hidden, targets: Targets, weight: 
 
 def _forward(vocab_axis: int, hidden: Any, targets: Any, weight: Any) -> tuple[Array, Any]:
     log_p, logits, normaliser = _with_normaliser(vocab_axis, hidden.value, targets.value, weight.value)
-    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    vocabulary = jnp.arange(logits.shape[-1])
     # 1_y - softmax(z), rounded to the hidden states' dtype as the cotangent of the logits is elsewhere
     off = (vocabulary == targets.value[..., None]) - jnp.exp(logits - normaliser[..., None])
     off = off.astype(weight.value.dtype)
