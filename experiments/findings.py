@@ -97,8 +97,8 @@ def _pilot(results: Path) -> list[str]:
         "* Which λ (the pilot's three settings, nats per token against AdamW at the same rate): at AdamW's best of the "
         f"five, {against_adamw(best)}; at the highest, {pilot.RATES[-1]:g}, "
         f"{against_adamw(dict.fromkeys(settings, -1))}.",
-        "* Only with fresh data does the shrink gain at the best rate what a smaller start does not (the pilot, nats "
-        f"per token against AdamW): {told(fresh, pilot.at_best_rate, 'λ = 0.005', 'A₀ × 1/4', _DECAY)}.",
+        "* With fresh data, each at its best rate of the pilot's, in nats per token against AdamW: "
+        f"{told(fresh, pilot.at_best_rate, *_LAMS, 'A₀ × 1/4', _DECAY)}.",
         f"* As the mean of the pilot's rates, against AdamW: {told(few, pilot.over_rates, *means)} with "
         f"{DATA['few']}; {told(fresh, pilot.over_rates, *means)} with {DATA['fresh']}.",
     ]
