@@ -117,7 +117,8 @@ def ours(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     optimizer = make_optimizer("stable-lora", 5e-4, lam=0.001, weight_decay=0.0, clip_norm=1.0)
     mesh = make_mesh()
     batch = jax.device_put(answer_batch(*rows_of(cell, config_of(cell["model"]).vocab_size)))
-    step = compile_step(graph, make_loss("answer", 1), optimizer, mesh=mesh, frozen=frozen)
+    unroll = "looped" not in cell["contender"]
+    step = compile_step(graph, make_loss("answer", 1), optimizer, mesh=mesh, frozen=frozen, unroll=unroll)
     state = jax.device_put(init_state(jax.tree.map(jnp.copy, adapters), optimizer), replicated(mesh))
 
     def advance() -> None:

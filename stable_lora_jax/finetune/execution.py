@@ -40,6 +40,9 @@ class ExecutionConfig:
     """How attention is computed: auto (cudnn or splash where the device has it), xla, cudnn or splash."""
     remat: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    unroll: bool | None = None
+    """Write the layers out in the step's program instead of looping over them; it takes two to three times as long to
+    compile. Not given: where it saves time, on NVIDIA GPUs that hold the base whole and not quantized."""
     mesh: str = ""
     """Devices, e.g. data=4,fsdp=2,tensor=1; one device if empty."""
     distributed: bool = False

@@ -43,6 +43,7 @@ from stable_lora_jax.training import (
     make_mesh,
     make_optimizer,
     sign_in,
+    suits_unrolling,
     train,
     wait_for_all,
 )
@@ -97,6 +98,9 @@ def finetune(config: RunConfig) -> TrainResult:
             check_fits(each, vocab_size=model.config.vocab_size, max_positions=model.config.max_positions)
         check_decoder(mesh, model)
         inject_adapters(model, config.adapter, schedule.seed)
+    unroll = how.unroll
+    if unroll is None:  # read back to a float kernel, a quantized layer might stay so in a program without a loop
+        unroll = suits_unrolling(mesh) and not config.model.quantize
     for name in how.log if is_first() else ():
         sign_in(name)
     wait_for_all("every process has accepted all of the above")  # nothing is deleted before
@@ -114,6 +118,7 @@ def finetune(config: RunConfig) -> TrainResult:
             run_dir=directory.path,
             mesh=mesh,
             accumulate=schedule.accumulate,
+            unroll=unroll,
             norms_every=how.norms_every,
             save_every=how.save_every,
             loggers=how.log,

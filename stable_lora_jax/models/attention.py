@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -97,10 +96,9 @@ def attend(
     """
     if implementation == "cudnn":
         mask = None if visible is None else visible[:, None]
-        attended = jax.nn.dot_product_attention(
+        return jax.nn.dot_product_attention(
             query, key, value, mask=mask, is_causal=visible is None, implementation="cudnn"
         )
-        return checkpoint_name(attended, "kept")
     batch, length, heads, width = query.shape
     if length == key.shape[1]:
         causal = jnp.tril(jnp.ones((length, length), bool))[None]
@@ -112,3 +110,11 @@ def attend(
     scores = jnp.where(visible[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bktgs,bskh->btkgh", weights, value).reshape(batch, length, heads, width)
+
+
+def is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Returns whether an operation is cuDNN's forward pass: a policy of `jax.checkpoint` that keeps what it gives.
+
+    Its backward pass needs its output and each query's log Σ exp, which has no name that a policy could keep.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from stable_lora_jax.models.attention import Attention, attend
+from stable_lora_jax.models.attention import Attention, attend, is_cudnn_attention
 from stable_lora_jax.models.cache import KVCache
 from stable_lora_jax.models.chunked_head import chunked_log_likelihoods
 from stable_lora_jax.models.config import DecoderConfig
@@ -67,9 +67,13 @@ class Decoder(nnx.Module):
       dtype: of the computation.
       param_dtype: of the stored parameters.
       remat: recompute each layer in the backward pass instead of storing what its projections and attention give.
-      unroll: layers in one iteration of the loop over them; more take longer to compile.
       attention: "xla", "cudnn" or "splash", as `choose_attention` says. With a cache, always "xla", and instead of
         "splash" too where that cannot be (see `stable_lora_jax.models.attention`).
+
+    Attributes:
+      placement: where arrays live while they are used; a caller may set it.
+      unroll: whether the layers are written out one after the other instead of looped over; a caller may set it. The
+        program takes longer to compile. It does not copy what each layer keeps for the backward pass into a stack.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -94,12 +98,11 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         remat: bool = False,
-        unroll: int = 1,
         attention: Attention = "xla",
     ):
-        self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
+        self.config, self.dtype, self.remat = config, dtype, remat
         self.attention: Attention = attention
-        self.placement = AS_IT_IS
+        self.placement, self.unroll = AS_IT_IS, False
         width = config.hidden_size
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -287,13 +290,14 @@ class Decoder(nnx.Module):
         # attention's scores grow with the square of the length. Gathered weights are gathered again. A loop keeps the
         # passes apart; written out, the compiler would find the second one superfluous.
         policies = jax.checkpoint_policies
-        saved = policies.nothing_saveable if self.remat else policies.save_only_these_names("kept")
-        step = jax.checkpoint(step, prevent_cse=self.unroll >= config.num_layers, policy=saved)
+        kept = policies.save_from_both_policies(policies.save_only_these_names("kept"), is_cudnn_attention)
+        saved = policies.nothing_saveable if self.remat else kept
+        step = jax.checkpoint(step, prevent_cse=self.unroll, policy=saved)
         hidden = self.placement.rows(self.embed_tokens(tokens).astype(self.dtype))
         if config.embedding_scale != 1:
             hidden = hidden * jnp.asarray(config.embedding_scale, self.dtype)
         xs = (jnp.arange(config.num_layers), params, rest, rotations.of_layer, visibles.of_layer)
-        (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs, unroll=self.unroll)
+        (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs, unroll=config.num_layers if self.unroll else 1)
         nnx.update(self.layers, rest)
         return self.norm(self.placement.rows(hidden)), cache
 

@@ -19,7 +19,7 @@ from stable_lora_jax.models.chunked_head import CHUNK_BYTES
 from stable_lora_jax.planning.program import Collective, read_collectives
 from stable_lora_jax.planning.workload import StepShapes, Workload, lower, step_shapes
 from stable_lora_jax.training.sharding import AXES, AnyMesh, frozen_shardings
-from stable_lora_jax.training.step import train_step
+from stable_lora_jax.training.step import suits_unrolling, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def compiled_memory(workload: Workload, mesh: Mesh) -> Work:
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses.
     """
-    compiled = lower(workload, mesh).compile()
+    compiled = lower(workload, mesh, unroll=suits_unrolling(mesh)).compile()
     memory: Any = compiled.memory_analysis()
     return replace(
         estimated_work(workload, abstract_mesh(**dict(mesh.shape))),

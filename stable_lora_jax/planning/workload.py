@@ -101,8 +101,8 @@ class StepShapes(NamedTuple):
     batch: Batch
 
 
-def abstract_model(workload: Workload, *, unroll: bool = False) -> Decoder:
-    """Returns the adapted model with shapes for arrays; its layers written out one by one if `unroll`."""
+def abstract_model(workload: Workload) -> Decoder:
+    """Returns the adapted model with shapes for arrays."""
     config = workload.config
 
     def build() -> Decoder:
@@ -113,7 +113,6 @@ def abstract_model(workload: Workload, *, unroll: bool = False) -> Decoder:
             param_dtype=workload.dtype,
             remat=workload.remat,
             attention=workload.attention,
-            unroll=config.num_layers if unroll else 1,
         )
         return inject_lora(model, workload.rank, 2.0 * workload.rank, workload.targets, rngs=nnx.Rngs(0))
 
@@ -121,9 +120,9 @@ def abstract_model(workload: Workload, *, unroll: bool = False) -> Decoder:
 
 
 @functools.lru_cache(maxsize=2)
-def step_shapes(workload: Workload, *, unroll: bool = False) -> StepShapes:
+def step_shapes(workload: Workload) -> StepShapes:
     """Returns the step and its arguments in shapes. The rates in it are of no consequence: the program is the same."""
-    graph, adapters, frozen = split_model(abstract_model(workload, unroll=unroll))
+    graph, adapters, frozen = split_model(abstract_model(workload))
     schedule = learning_rate_schedule(5e-4, 1000, 30, "cosine")
     optimizer = make_optimizer(workload.method, schedule, lam=0.001, ratio=4.0, weight_decay=0.0, clip_norm=1.0)
 
@@ -147,7 +146,14 @@ def step_shapes(workload: Workload, *, unroll: bool = False) -> StepShapes:
 
 
 def lower(workload: Workload, mesh: Mesh, *, unroll: bool = False) -> jax.stages.Lowered:
-    """Returns the step's program for a mesh, ready to compile, also for devices that are only described."""
-    graph, loss, optimizer, state, frozen, batch = step_shapes(workload, unroll=unroll)
-    step: Any = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=workload.accumulate)
+    """Returns the step's program for a mesh, ready to compile, also for devices that are only described.
+
+    Args:
+      workload: the step.
+      mesh: of real or described devices.
+      unroll: whether the model's layers are written out.
+    """
+    graph, loss, optimizer, state, frozen, batch = step_shapes(workload)
+    options: dict[str, Any] = {"accumulate": workload.accumulate, "unroll": unroll}
+    step: Any = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, **options)
     return step.lower(state, frozen, batch)

@@ -21,6 +21,7 @@ with needs("train"):
         init_state,
         join_model,
         split_model,
+        suits_unrolling,
         train_step,
     )
     from stable_lora_jax.training.sweep import SweepPoint, SweepResult, compile_sweep_step, train_sweep
@@ -68,6 +69,7 @@ __all__ = [
     "sign_in",
     "split_model",
     "stop_steps",
+    "suits_unrolling",
     "train",
     "train_step",
     "train_sweep",

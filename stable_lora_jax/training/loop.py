@@ -98,6 +98,7 @@ def train(
     run_dir: Location,
     mesh: Mesh | None = None,
     accumulate: int = 1,
+    unroll: bool = False,
     norms_every: int = 10,
     save_every: int = 200,
     keep: int = 2,
@@ -123,6 +124,7 @@ def train(
       run_dir: gets metrics.jsonl and checkpoints/; a folder, or gs://BUCKET/...
       mesh: from `make_mesh`; one device if None.
       accumulate: parts that each batch is processed in, each of them split over the mesh.
+      unroll: whether the step writes the model's layers out instead of looping over them; see `suits_unrolling`.
       norms_every: steps between two records of all pairs' norms, and of what the step added (`update_terms`).
       save_every: steps between two checkpoints.
       keep: newest checkpoints kept.
@@ -164,7 +166,7 @@ def train(
         start, stopped_by = int(state.step), None
         before_start = [line for line in directory.metrics() if line["step"] <= start] if start else []
         validated = [line["validation"]["loss"] for line in before_start if "validation" in line]
-        step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate)
+        step = compile_step(graph, loss, optimizer, mesh=mesh, frozen=frozen, accumulate=accumulate, unroll=unroll)
         told_to_stop = max_across_processes(mesh)
         rows = BatchRows(batches, local_rows(by_rows, batches.num_rows))
         shown = progress and is_first()

@@ -52,7 +52,8 @@ def test_the_length_is_the_configurations():
 
 
 def test_the_adapter_is_the_configurations(model_dir, data_file, tmp_path):
-    flags = ["--rank", 3, "--alpha", 5, "--use-rslora", "--targets", "qkvo", "--remat", "--steps", 1]
+    flags = ["--rank", 3, "--alpha", 5, "--use-rslora", "--targets", "qkvo", "--remat", "--unroll", "True"]
+    flags += ["--steps", 1]
     assert code_of(["train", "--model", model_dir, "--data", data_file, *flags, "--run-dir", tmp_path / "run"]) == 0
     spec = read_adapter_spec(tmp_path / "run" / "adapter.safetensors")
     assert (spec.rank, spec.alpha, spec.use_rslora, len(spec.targets)) == (3, 5.0, True, 4)

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import re
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # there is no card to open
 
@@ -20,7 +21,8 @@ from stable_lora_jax.models import choose_attention
 from stable_lora_jax.models.chunked_head import CHUNK_BYTES
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
 from stable_lora_jax.planning import Workload, lower, parse_topology, plan_step, topology_devices
-from stable_lora_jax.training import make_mesh
+from stable_lora_jax.training import make_mesh, suits_unrolling
+from tests.gpu.products import product_flops
 
 LLAMA = KNOWN_CONFIGS["llama-3.2-1b"]
 H100 = parse_topology("h100:1")
@@ -33,11 +35,23 @@ def h100() -> jax.Device:
 
 @functools.cache
 def compiled(
-    rows: int, length: int, targets: int = 128, method: str = "stable-lora", attention: str = "auto", layers: int = 16
+    rows: int,
+    length: int,
+    targets: int = 128,
+    method: str = "stable-lora",
+    attention: str = "auto",
+    layers: int = 16,
+    *,
+    unroll: bool = True,
+    cublas: bool = False,
 ):
     chosen = choose_attention(attention, dtype=jnp.bfloat16, head_dim=LLAMA.head_dim, device=h100())
     work = Workload(config=LLAMA, rows=rows, length=length, num_targets=targets, method=method, attention=chosen)
-    return lower(work.shallow(layers), make_mesh(devices=[h100()])).compile()
+    mesh = make_mesh(devices=[h100()])
+    assert suits_unrolling(mesh)
+    # Without a card to try them on, XLA takes its own kernels for all products; with one, cuBLAS's where these win.
+    options: Any = {"xla_gpu_enable_triton_gemm": False} if cublas else None
+    return lower(work.shallow(layers), mesh, unroll=unroll).compile(compiler_options=options)
 
 
 def temporaries(program) -> float:
@@ -47,7 +61,12 @@ def temporaries(program) -> float:
 
 def shapes(program) -> set[tuple[str, tuple[int, ...]]]:
     """Returns (dtype, sizes) of every array in a compiled program."""
-    found = re.findall(r"\b(pred|[a-z]+\d+)\[([\d,]+)\]", program.as_text())
+    return arrays(program.as_text())
+
+
+def arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Returns (dtype, sizes) of every array in a program's text."""
+    found = re.findall(r"\b(pred|[a-z]+\d+)\[([\d,]+)\]", text)
     return {(dtype, tuple(map(int, sizes.split(",")))) for dtype, sizes in found}
 
 
@@ -82,6 +101,36 @@ def test_scores_would_be_seen():
 
 def test_written_out_too_only_a_block_of_scores_is_in_memory():
     assert temporaries(compiled(8, 1024, attention="xla", layers=2)) <= 2.5
+
+
+@pytest.mark.parametrize(("unroll", "cublas"), [(True, True), (True, False), (False, False)])
+def test_nothing_but_the_elementwise_is_computed_twice(unroll, cublas):
+    # With cuBLAS and jax 0.11, a loop over layers does: XLA computes a product once more to write it to the stack of
+    # what the backward pass reads. That is why layers are written out.
+    rows, length, targets = 8, 1024, 128
+    program = compiled(rows, length, targets, layers=4, unroll=unroll, cublas=cublas)
+    text, config = program.as_text(), LLAMA
+    width, kv = config.hidden_size, config.num_kv_heads * config.head_dim
+    frozen = 4 * (2 * width * (width + kv) + 3 * width * config.intermediate_size)
+    adapters = 4 * 8 * (3 * width + kv)  # q: (n, r) and (r, n), v: (n, r) and (r, kv)
+    padded = 65 / 64  # 128 targets go through the output layer as two chunks of 65
+    forward_and_back = 2 * (2 * rows * length * frozen + padded * 2 * rows * targets * config.vocab_size * width)
+    assert product_flops(text) <= 1.001 * (forward_and_back + 3 * 2 * rows * length * adapters)
+    kernels = text.count('custom_call_target="__cudnn$fmhaSoftmax"'), text.count("__cudnn$fmhaSoftmaxBackward")
+    assert kernels == ((4, 4) if unroll else (1, 1))
+
+
+def test_the_loop_over_chunks_of_logits_carries_no_more_numbers_of_tokens_than_there_are():
+    loops = "\n".join(line for line in compiled(8, 1024).as_text().splitlines() if " while(" in line)
+    numbers = [sizes for dtype, sizes in arrays(loops) if dtype == "s32"]
+    assert max(map(math.prod, numbers)) == LLAMA.vocab_size
+
+
+def test_layers_written_out_copy_nothing_into_stacks():
+    looped, out = (compiled(8, 1024, layers=4, unroll=unroll) for unroll in (False, True))
+    stacks = [{sizes for dtype, sizes in shapes(each) if sizes[:3] == (4, 8, 1024)} for each in (looped, out)]
+    assert stacks[0]
+    assert not stacks[1]
 
 
 def test_frozen_weights_are_multiplied_in_bfloat16():

@@ -38,13 +38,22 @@ def examples_for(loss: str, count: int = 8, seed: int = 0):
 class Run:
     """A compiled step and what it needs."""
 
-    def __init__(self, optimizer=SGD, *, mesh=None, loss: str | Loss = "answer", accumulate=1, dropout=0.0, b_std=0.05):
+    def __init__(
+        self,
+        optimizer=SGD,
+        *,
+        mesh=None,
+        loss: str | Loss = "answer",
+        dropout=0.0,
+        b_std=0.05,
+        **options: Any,
+    ):
         self.mesh = mesh or make_mesh()
         self.model = adapted(dropout=dropout, b_std=b_std, **HEADS)
         self.graph, adapters, frozen = split_model(self.model)
         self.frozen = jax.device_put(frozen, place(self.mesh, frozen))
         loss = make_loss(loss, 4) if isinstance(loss, str) else loss
-        self.step = compile_step(self.graph, loss, optimizer, mesh=self.mesh, frozen=self.frozen, accumulate=accumulate)
+        self.step = compile_step(self.graph, loss, optimizer, mesh=self.mesh, frozen=self.frozen, **options)
         self.start = jax.device_put(init_state(adapters, optimizer), replicated(self.mesh))
 
     def __call__(self, batch, state=None):
@@ -95,6 +104,21 @@ def test_parts_add_up_to_the_whole(loss, parts):
         np.testing.assert_allclose(other.loss, one.loss, rtol=1e-6)
         for x, y in zip(jax.tree.leaves(whole.adapters), jax.tree.leaves(summed.adapters), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 1, 2)])
+@pytest.mark.parametrize(("dropout", "accumulate"), [(0.0, 1), (0.5, 2)])
+def test_layers_written_out_compute_the_same(sizes, dropout, accumulate):
+    batch = make_batch(examples_for("answer"))
+    options: Any = {"mesh": make_mesh(*sizes), "dropout": dropout, "accumulate": accumulate}
+    looped, out = (Run(unroll=unroll, **options) for unroll in (False, True))
+    (state, metrics), (same, others) = looped(batch), out(batch)
+    np.testing.assert_allclose(metrics.loss, others.loss, rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(same.adapters), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)  # float32 sums in another order
+    programs = [run.step.lower(run.start, run.frozen, batch).as_text() for run in (looped, out)]
+    loops = [text.count("stablehlo.while") for text in programs]
+    assert loops[0] == loops[1] + 2  # over layers, forward and back; others draw random numbers or go through parts
 
 
 def test_dropout_is_a_function_of_the_step():
