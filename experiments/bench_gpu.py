@@ -7,7 +7,8 @@ Command:   make bench-gpu       (or python -m experiments.bench_gpu; --tiny for 
 Hardware:  one NVIDIA H100, no network, no weights. Minutes: 8; what is not begun by then is left out.
 Expected:  (2026-11-27) ours is at least 1.0 times PEFT with torch.compile at 8 x 1024 and 1.3 times at 2 x 4096; 1.5 is
            the goal, and at 8 x 1024 it will not be reached: it would be 62 % MFU. A sweep of 8 is at least 3 times
-           eight single runs of the 135M model's shape.
+           eight single runs of the 135M model's shape. (2026-11-30, with attention and x A computed once and layers
+           written out) 1.10 to 1.20 at 8 x 1024, 1.35 to 1.55 at 2 x 4096; looped, 0.90 to 0.97 of that.
 
 Every contender runs in a process of its own, one at a time. The file is written after every cell, so that a run that is
 cut keeps what it has; run again, on the same machine, it goes on with what is missing, and then with what failed. MFU
