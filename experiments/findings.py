@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.running import tables
 from experiments.running.cells import Record, correctness, read_lines
-from experiments.studies import pilot, small_decoder_tables
+from experiments.studies import pilot, small_decoder_tables, targets
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
 from experiments.studies.rates_tables import (
@@ -66,6 +66,7 @@ def details(results: Path) -> str:
             f"{stable_ten['nll_token']:.3f} nats per token (one seed).",
             f"* The stop rule makes a large λ safe: at s = 2 and λ = 0.02 an epoch ends {_points(stops)} below AdamW, "
             f"and without the rule {_points(never)}.",
+            _modules(results),
             *_pilot(results),
             *_repeats(results),
             *_at_best_rates(results),
@@ -75,6 +76,23 @@ def details(results: Path) -> str:
             "± is half a 95 % interval over the seeds, and of the pilot and of rates over seeds and questions together;"
             " in brackets, a 95 % interval over questions for the same runs.",
         ]
+    )
+
+
+def _modules(results: Path) -> str:
+    """Returns what the number of adapted modules changes, and what is left at half of AdamW's rate."""
+    groups = targets.by_modules(_lines(results, "targets"), results)
+
+    def told(modules: str, method: str) -> str:
+        found = _difference(groups[modules, "stable-lora"], groups[modules, method])
+        return f"{_points(found)} and {_signed(found)} nats"
+
+    names = {"qv": "q and v", "qkvo": "all of attention", "qkvogud": "all modules"}
+    searched = "; ".join(f"with {name} {told(modules, 'adamw')}" for modules, name in names.items())
+    seeds = tables.seeds_text(*(len(each) for each in groups.values()))
+    return (
+        f"* Target modules ({seeds}, each at the η, s and λ that was searched with q and v): Stable-LoRA minus AdamW "
+        f"is {searched}. With all modules, minus AdamW at half its rate, {told('qkvogud', targets.HALVED)}."
     )
 
 

@@ -12,6 +12,7 @@ Paper:     3B, its five sets merged: qv 84.13 (AdamW 83.79), qkvo 84.93 (84.54),
            each set stands alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,8 @@ from experiments.running.cells import Cell, Options, Record, read_lines, run_cel
 from experiments.running.markdown import markdown
 from experiments.running.smoke import smoke
 from experiments.studies.qa import searched_numbers
+
+HALVED = "adamw, half its rate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +56,25 @@ def cells(config: TargetsConfig) -> list[Cell]:
 def report(results: Path) -> str:
     """Returns the tables, one per task and setting."""
     records, text = read_lines("targets", results), ""
-    half = searched_numbers("adamw", results)["learning_rate"] / 2
     varied = (*tables.OF_METHODS, "targets", "learning_rate", "alpha")
     for each in tables.grouped(records, lambda record: tables.setting(record, *varied)).values():
-        groups = tables.grouped(each, lambda record: (record["train"]["targets"], _name_of(record, half)))
+        groups = by_modules(each, results)
         rows = [[*key, *row] for key, row in tables.scored(groups, lambda key: (key[0], "adamw")).items()]
         text += f"**{tables.task_of(each[0])}**, {each[0]['steps']} steps of {each[0]['train']['batch_size']}\n\n"
         text += f"{markdown(('targets', 'method', *tables.SCORES), rows)}\n\n{tables.made_by(groups)}"
     return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 
-def _name_of(record: Record, half: float) -> str:
-    method = record["train"]["method"]
-    return "adamw, half its rate" if (method, record["train"]["learning_rate"]) == ("adamw", half) else method
+def by_modules(records: Sequence[Record], results: Path) -> dict[tuple[str, str], list[Record]]:
+    """Returns (modules, method) -> lines of its seeds, AdamW at half its rate as a method of its own."""
+    half = searched_numbers("adamw", results)["learning_rate"] / 2
+
+    def key(record: Record) -> tuple[str, str]:
+        train = record["train"]
+        is_halved = (train["method"], train["learning_rate"]) == ("adamw", half)
+        return train["targets"], HALVED if is_halved else train["method"]
+
+    return tables.grouped(records, key)
 
 
 def main(config: TargetsConfig) -> None:
