@@ -120,6 +120,12 @@ def test_nothing_but_the_elementwise_is_computed_twice(unroll, cublas):
     assert kernels == ((4, 4) if unroll else (1, 1))
 
 
+def test_layers_are_looped_over_where_gpus_share_weights():
+    devices = topology_devices(parse_topology("h100:8"))
+    assert suits_unrolling(make_mesh(data=8, devices=devices))
+    assert not suits_unrolling(make_mesh(fsdp=8, devices=devices))
+
+
 def test_the_loop_over_chunks_of_logits_carries_no_more_numbers_of_tokens_than_there_are():
     loops = "\n".join(line for line in compiled(8, 1024).as_text().splitlines() if " while(" in line)
     numbers = [sizes for dtype, sizes in arrays(loops) if dtype == "s32"]

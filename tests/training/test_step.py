@@ -19,6 +19,7 @@ from stable_lora_jax.training import (
     make_mesh,
     make_optimizer,
     split_model,
+    suits_unrolling,
 )
 from stable_lora_jax.training.sharding import batch_sharding, check_decoder, replicated
 from stable_lora_jax.training.step import place
@@ -117,6 +118,7 @@ def test_layers_written_out_compute_the_same(sizes, dropout, accumulate):
     for x, y in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(same.adapters), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)  # float32 sums in another order
     programs = [run.step.lower(run.start, run.frozen, batch).as_text() for run in (looped, out)]
+    assert not suits_unrolling(looped.mesh)  # no GPU
     loops = [text.count("stablehlo.while") for text in programs]
     assert loops[0] == loops[1] + 2  # over layers, forward and back; others draw random numbers or go through parts
 
