@@ -115,7 +115,8 @@ def test_nothing_but_the_elementwise_is_computed_twice(unroll, cublas):
     adapters = 4 * 8 * (3 * width + kv)  # q: (n, r) and (r, n), v: (n, r) and (r, kv)
     padded = 65 / 64  # 128 targets go through the output layer as two chunks of 65
     forward_and_back = 2 * (2 * rows * length * frozen + padded * 2 * rows * targets * config.vocab_size * width)
-    assert product_flops(text) <= 1.001 * (forward_and_back + 3 * 2 * rows * length * adapters)
+    once = forward_and_back + 3 * 2 * rows * length * adapters
+    assert 0.97 * once <= product_flops(text) <= 1.001 * once  # less: the first layer's x needs no gradient
     kernels = text.count('custom_call_target="__cudnn$fmhaSoftmax"'), text.count("__cudnn$fmhaSoftmaxBackward")
     assert kernels == ((4, 4) if unroll else (1, 1))
 
