@@ -149,7 +149,7 @@ def untrained() -> Decoder:
         rms_norm_eps=1e-5,
         max_positions=WINDOW,
     )
-    return Decoder(config, rngs=nnx.Rngs(0), unroll=3)
+    return Decoder(config, rngs=nnx.Rngs(0), unroll=True)
 
 
 def pretrained(steps: int) -> Decoder:

@@ -50,7 +50,7 @@ def random_decoder(width: int, key: Array) -> Decoder:
         rms_norm_eps=1e-5,
         max_positions=LENGTH,
     )
-    model = inject_lora(Decoder(config, rngs=rngs, unroll=LAYERS), RANK, RANK, "qv", rngs=rngs)
+    model = inject_lora(Decoder(config, rngs=rngs, unroll=True), RANK, RANK, "qv", rngs=rngs)
     for path, linear in nnx.iter_modules(model):
         if isinstance(linear, nnx.Linear):
             fan_in = linear.kernel.shape[-2]

@@ -69,11 +69,8 @@ class Decoder(nnx.Module):
       remat: recompute each layer in the backward pass instead of storing what its projections and attention give.
       attention: "xla", "cudnn" or "splash", as `choose_attention` says. With a cache, always "xla", and instead of
         "splash" too where that cannot be (see `stable_lora_jax.models.attention`).
-
-    Attributes:
-      placement: where arrays live while they are used; a caller may set it.
-      unroll: whether the layers are written out one after the other instead of looped over; a caller may set it. The
-        program takes longer to compile. It does not copy what each layer keeps for the backward pass into a stack.
+      unroll: write the layers out one after the other instead of looping over them. The program takes longer to
+        compile, and copies nothing that a layer keeps for the backward pass into a stack. A caller may set it later.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -99,10 +96,11 @@ class Decoder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         attention: Attention = "xla",
+        unroll: bool = False,
     ):
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
         self.attention: Attention = attention
-        self.placement, self.unroll = AS_IT_IS, False
+        self.placement = AS_IT_IS
         width = config.hidden_size
 
         @nnx.split_rngs(splits=config.num_layers)

@@ -81,10 +81,10 @@ def join_model(
     Args:
       graph, adapters, frozen: its parts.
       placement: where arrays live while they are used.
-      unroll: whether its layers are written out; see `Decoder`.
+      unroll: whether its layers are written out, also where the model's own are not; see `Decoder`.
     """
     model = nnx.merge(graph, adapters, frozen.random, frozen.params)
-    model.placement, model.unroll = placement, unroll
+    model.placement, model.unroll = placement, unroll or model.unroll
     return model
 
 
