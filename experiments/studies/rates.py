@@ -8,9 +8,9 @@ Hardware:  2 CPU cores, 6 GB. Minutes: 11 to 30 per cell; a setting and scale ha
            more. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1632, and their scoring.
 Expected:  (2026-11-27, 2026-11-29, 2026-11-30) in LOG.md.
 Observed:  few data at s = 16 so far. Twelve cells repeat the pilot: AdamW's nats within 0.02, differences from it at
-           the same rate within 0.023. AdamW's best rate is half the pilot's lowest: each at its best, λ = 0.0005 is
-           level with it, λ = 0.002 0.036 worse, A₀ × 1/4 0.012 better, and AdamW stopped early 0.009 better. At every
-           rate λ = 0.002 is 0.036 to 0.066 worse than AdamW at half that rate.
+           the same rate within 0.023. AdamW's best rate is half the pilot's lowest: each at its best, of three
+           seeds, λ = 0.0005 is level with it, λ = 0.002 0.037 worse, A₀ × 1/4 0.012 better, and AdamW stopped early
+           0.010 better. At every rate λ = 0.002 is 0.036 to 0.066 worse than AdamW at half that rate.
 
 LoRA r = 8 on q and v, 8 questions per step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
 early: of ten validations, the adapter with the least held-out nats. Decay is per step at the peak rate: a weight decay
