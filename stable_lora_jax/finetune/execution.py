@@ -42,7 +42,7 @@ class ExecutionConfig:
     """Recompute activations in the backward pass, to save memory."""
     unroll: bool | None = None
     """Write the layers out in the step's program instead of looping over them; it takes two to three times as long to
-    compile. Not given: where it saves time, on NVIDIA GPUs that hold the base whole and not quantized."""
+    compile. Not given: where it saves copies, on GPUs that hold the base whole and not quantized."""
     mesh: str = ""
     """Devices, e.g. data=4,fsdp=2,tensor=1; one device if empty."""
     distributed: bool = False

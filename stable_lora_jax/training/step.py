@@ -89,11 +89,10 @@ def join_model(
 
 
 def suits_unrolling(mesh: Mesh) -> bool:
-    """Returns whether a step had better write its layers out: on NVIDIA GPUs of which each holds all weights.
+    """Returns whether a step had better write its layers out: on GPUs of which each holds all weights.
 
-    A loop over layers cuts each layer's weights out of the stack and puts what is kept for the backward pass into
-    others. Compiled for an H100 that is 14 to 22 GB to move, of a step of Llama-3.2-1B with 8 rows of 1024 tokens. Of
-    weights that devices share, a loop gathers one layer at a time; written out, no more is sure.
+    There a loop over layers copies each layer's weights out of the stack, and what is kept for the backward pass into
+    others. Of weights that devices share, a loop gathers one layer at a time, which is not sure without it.
     """
     return mesh.devices.flat[0].platform in ("gpu", "cuda") and mesh.shape["fsdp"] == 1
 
