@@ -11,15 +11,7 @@ from experiments.running.cells import Record, correctness, read_lines
 from experiments.studies import pilot, small_decoder_tables, targets
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
-from experiments.studies.rates_tables import (
-    Grid,
-    Group,
-    Repeated,
-    by_setting,
-    grid_of,
-    of_pilot,
-    repeated,
-)
+from experiments.studies.rates_tables import Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
 from experiments.verdict import DATA, TOLD, at_half_the_rate
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 from stable_lora_jax.training import read_metrics
