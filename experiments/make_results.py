@@ -92,7 +92,11 @@ def page(name: str, text: str) -> str:
 def blocks(made: dict[str, str], results: Path) -> dict[str, str]:
     """Returns name -> Markdown of every block that a document may hold."""
     tables = {name: make(json.loads((results / file).read_text())) for name, (make, file) in TABLES.items()}
-    told = {"verdict": verdict.verdict(results), "findings": findings.details(results)}
+    told = {
+        "verdict": verdict.verdict(results),
+        "methods": verdict.table(results),
+        "findings": findings.details(results),
+    }
     return tables | told | {"qa": qa_tables.short(results), "results": list_of_pages(made)}
 
 

@@ -39,10 +39,7 @@ class Judged(NamedTuple):
 
 def verdict(results: Path) -> str:
     """Returns what the shrink and simpler means are worth at the best learning rates and at others."""
-    pilots = {name: pilot.load(results, name) for name in pilot.SETTINGS}
-    grids = below_the_pilot(results)
-    judged = {name: _by_pilot(setting) for name, setting in pilots.items()}
-    judged |= {name: _by_grid(grid) for name, grid in grids.items()}
+    judged, grids = _judged(results)
 
     def span(*methods: str) -> str:
         found = [each.gains[method][0].value for each in judged.values() for method in methods if method in each.gains]
@@ -56,20 +53,35 @@ def verdict(results: Path) -> str:
         for method in (TOLD, _START, pilot.EARLY)
     )
     return (
-        f"With every method at its best learning rate, the right answers' nats per token differ from AdamW's by "
+        "With every method at its best learning rate (SmolLM2-135M, s = 16), the right answers' nats per token differ "
+        "from AdamW's by "
         f"{span(*_LAMS)} with λ of 0.0005 to 0.005 (negative is better), by {span(_START)} with a start of a quarter "
         f"of the size, and by {span(pilot.EARLY)} with AdamW stopped early. What the shrink buys is robustness to a "
         f"rate that is too high ({shrunk} nats with {DATA['few']} at η = {_HIGH:g}, "
         f"{tables.seeds_text(len(few.seeds))}), which a smaller start ({start}), stopping early ({early}) and a lower "
         f"rate buy too: over all rates of the three settings {TOLD} differs by {min(moved):+.3f} to {max(moved):+.3f} "
-        f"nats from AdamW at half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate."
-        "\n\n"
+        f"nats from AdamW at half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate.\n"
+    )
+
+
+def table(results: Path) -> str:
+    """Returns what each method is worth at its best rate, and its good rates, for every setting."""
+    judged, grids = _judged(results)
+    return (
         f"{_table(judged)}\n\n"
         "SmolLM2-135M, s = 16. *Minus AdamW*: in nats per token of the right answers, each at its best of 5 rates or "
         "more; ± is half a 95 % interval over seeds and questions, of one seed, where it says so, over questions "
         f"alone; not corrected for the number of comparisons. *Good η*: within {WIDE} nats per token of the method's "
         f"own best; ≤ and ≥ where they may go on outside the grid. {_sources(grids)}\n"
     )
+
+
+def _judged(results: Path) -> tuple[dict[str, Judged], dict[str, Grid]]:
+    """Returns what each of the pilot's settings says, and the grids of those that were measured again."""
+    grids = below_the_pilot(results)
+    pilots = {name: pilot.load(results, name) for name in pilot.SETTINGS}
+    judged = {name: _by_pilot(setting) for name, setting in pilots.items()}
+    return judged | {name: _by_grid(grid) for name, grid in grids.items()}, grids
 
 
 def _by_pilot(setting: pilot.Setting) -> Judged:

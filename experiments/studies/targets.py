@@ -12,7 +12,8 @@ Paper:     3B, its five sets merged: qv 84.13 (AdamW 83.79), qkvo 84.93 (84.54),
            each set stands alone.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -46,8 +47,9 @@ def cells(config: TargetsConfig) -> list[Cell]:
     for task, seed, targets, method in product(config.tasks, range(config.seeds), config.targets, config.methods):
         train = training(config, task, method=method, targets=targets, seed=seed, **numbers[method])
         found.append(Cell(train=train, score_on=config.score_on))
-    slower = numbers["adamw"] | {"learning_rate": numbers["adamw"]["learning_rate"] / 2} if config.halved else {}
-    for task, seed, targets in product(config.tasks, range(config.seeds), config.halved):
+    searched = searched_numbers("adamw", config.results)
+    slower = searched | {"learning_rate": _half(searched)}
+    for task, seed, targets in product(config.tasks, range(config.seeds), config.halved if searched else ()):
         train = training(config, task, method="adamw", targets=targets, seed=seed, **slower)
         found.append(Cell(train=train, score_on=config.score_on))
     return found
@@ -65,9 +67,14 @@ def report(results: Path) -> str:
     return text + tables.failures(records) + (tables.LEGEND if text else "")
 
 
+def _half(searched: Mapping[str, float]) -> float:
+    """Returns half the rate that a search chose, not a number where nothing was searched."""
+    return searched.get("learning_rate", math.nan) / 2
+
+
 def by_modules(records: Sequence[Record], results: Path) -> dict[tuple[str, str], list[Record]]:
     """Returns (modules, method) -> lines of its seeds, AdamW at half its rate as a method of its own."""
-    half = searched_numbers("adamw", results)["learning_rate"] / 2
+    half = _half(searched_numbers("adamw", results))
 
     def key(record: Record) -> tuple[str, str]:
         train = record["train"]
