@@ -94,10 +94,19 @@ def questions_of(task: str, split: str) -> list[Any]:
     return list(load_jsonl(task)) if task.endswith(".jsonl") else load_task(task, split)
 
 
+def training_questions(task: str) -> list[Any]:
+    """Returns the training questions whose choices differ, as those of a file must: of Social IQA all but 33."""
+
+    def differ(choices: Sequence[str]) -> bool:
+        return len({choice.strip() for choice in choices}) == len(choices)
+
+    return [question for question in questions_of(task, "train") if differ(question.choices)]
+
+
 @functools.cache
 def training_files(setting: str, task: str, held_out: int, folder: Path) -> tuple[str, str]:
     """Returns .jsonl files of a setting's training questions and of those held out, named by their content."""
-    items, chosen_on = hold_out(questions_of(task, "train"), held_out)
+    items, chosen_on = hold_out(training_questions(task), held_out)
     count = SETTINGS[setting][1]
     items = items if count is None or count >= len(items) else hold_out(items, count)[1]
     return written(items, setting, folder), written(chosen_on, f"{setting}-held-out", folder)
@@ -147,7 +156,7 @@ def cells(config: RatesConfig) -> list[Cell]:
 @functools.lru_cache(maxsize=1)
 def scored_questions(model: str, task: str, split: str, held_out: int) -> tuple[list[Encoded], list[Encoded]]:
     """Returns the questions that rates are chosen on, and those that are reported, as token numbers."""
-    tokenizer, (_, chosen_on) = load_tokenizer(model), hold_out(questions_of(task, "train"), held_out)
+    tokenizer, (_, chosen_on) = load_tokenizer(model), hold_out(training_questions(task), held_out)
     return encode_all(tokenizer, chosen_on), encode_all(tokenizer, questions_of(task, split))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import pilot, rates, rates_tables
+from stable_lora_jax.data import load_jsonl
 from stable_lora_jax.finetune.config import options_of
 from tests.experiments.test_pilot import RESULTS
 
@@ -85,6 +86,15 @@ def test_lines_are_told_by_their_methods_names(tmp_path):
     config = rates.RatesConfig(settings=("few",), scales=(16.0,), rates=(1.25e-4,), seeds=1, runs=tmp_path / "runs")
     lines = [{"train": options_of(cell.fingerprint()["train"])} for cell in rates.cells(config)]
     assert [rates_tables.method_of(line) for line in lines] == list(rates.METHODS)
+
+
+@pytest.mark.parametrize("setting", rates.SETTINGS)
+def test_a_settings_files_hold_what_it_trains_on(setting, tmp_path):
+    task, count, _ = rates.SETTINGS[setting]
+    trained_on, held_out = map(load_jsonl, rates.training_files(setting, task, 321, tmp_path))
+    assert len(trained_on) == (count or 2251 - 321)
+    assert len(held_out) == 321
+    assert not set(trained_on) & set(held_out)
 
 
 def test_only_its_own_settings_stand_beside_the_pilot(few):
