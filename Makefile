@@ -13,7 +13,7 @@ PIP_INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt 
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: environments demo check fast-tests test test-tunix test-tpu test-gpu-compile lint docs docs-serve
-.PHONY: bench bench-gpu bench-optimizers bench-sweep quantize plan results clean
+.PHONY: bench bench-gpu bench-optimizers bench-sweep quantize plan unrolling results clean
 
 environments: $(NEWEST)/installed $(OLDEST)/installed
 
@@ -81,6 +81,10 @@ quantize: $(NEWEST)/installed
 
 plan: $(TPU)/installed
 	$(TPU)/bin/python -m experiments.benchmarks.plan_tables
+
+# Counts a step compiled for an H100 that is only described.
+unrolling: $(GPU)/installed
+	$(GPU)/bin/python -m experiments.benchmarks.unrolling
 
 bench-sweep: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m experiments.benchmarks.bench_sweep

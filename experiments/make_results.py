@@ -21,6 +21,7 @@ from experiments.benchmarks import (
     overhead,
     plan_tables,
     quantize,
+    unrolling,
 )
 from experiments.studies import (
     ablation,
@@ -61,8 +62,9 @@ TABLES = {
     "bench_packing": (bench_packing.table, "bench_packing.json"),
     "bench_epoch": (bench_epoch.table, "bench_epoch.json"),
     "bench_optimizers": (bench_optimizers.short_table, "bench_optimizers.json"),
+    "unrolling": (unrolling.table, "unrolling.json"),
 }
-DOCUMENTS = (Path("README.md"), Path("docs/findings.md"), Path("docs/cost.md"))
+DOCUMENTS = (Path("README.md"), Path("docs/findings.md"), Path("docs/cost.md"), Path("docs/devices.md"))
 _BLOCK = re.compile(r"(<!-- (\w+): made by `make results`, do not edit -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
 
 

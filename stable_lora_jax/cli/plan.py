@@ -120,9 +120,9 @@ def _model_config(name: str) -> DecoderConfig:
 def _table(record: dict) -> str:
     memory, seconds, step = record["memory_per_chip"], record["seconds"], record["step"]
     share = memory["total"] / memory["available"]
+    compiler = " ".join(f"{name} {number}" for name, number in record["versions"].items() if name != "jax")
     how = {
-        "compiled": "compiled for the slice by libtpu " + record["versions"].get("libtpu", ""),
-        "memory compiled": "memory compiled for the card; work, bytes moved and seconds are an ESTIMATE",
+        "compiled": f"compiled for these devices by {compiler}",
         "estimate": "ESTIMATE: nothing was compiled for these devices",
     }[record["source"]]
     mesh = ", ".join(f"{name}={size}" for name, size in record["mesh"].items())

@@ -1,8 +1,7 @@
 """A plan: does a training step fit a TPU slice or GPUs, how long does it take, what binds, what does a run cost.
 
-With libtpu or the CUDA plugin installed the step is compiled for the devices, on any machine, and the figures are the
-compiler's; of a GPU these are memory and collectives alone, as the compiler counts no work for one that is not there.
-Without, they are estimated. The plan says which. Either way no chip is asked: seconds are what the chips' published
+With libtpu or the CUDA plugin installed the step is compiled for the devices, on any machine, and the figures are those
+of the compiled program. Without, they are estimated. The plan says which. Either way no chip is asked: seconds are what the chips' published
 rates allow, from "everything overlaps" (the slowest of compute, memory and links alone) to "nothing does" (their sum).
 Real steps are seldom faster than the first.
 """
@@ -24,7 +23,7 @@ from stable_lora_jax.models import choose_attention
 from stable_lora_jax.planning.described_gpus import described_gpus, has_gpu_compiler
 from stable_lora_jax.planning.program import Collective
 from stable_lora_jax.planning.topology import Topology
-from stable_lora_jax.planning.work import Work, abstract_mesh, compiled_memory, compiled_work, estimated_work
+from stable_lora_jax.planning.work import Work, abstract_mesh, compiled_gpu_work, compiled_work, estimated_work
 from stable_lora_jax.planning.workload import Workload, step_shapes
 from stable_lora_jax.training import join_model
 from stable_lora_jax.training.sharding import AXES, check_decoder, check_rows, make_mesh
@@ -54,8 +53,7 @@ class Plan:
     """Everything about one step on one slice; bytes, FLOPs and seconds are one chip's in one step.
 
     Attributes:
-      source: "compiled"; "memory compiled" for GPUs, whose FLOPs and bytes moved are estimates; or "estimate" where
-        there is no compiler or the step does not fit.
+      source: "compiled", or "estimate" where there is no compiler or the step does not fit.
       versions: of jax and, if compiled, of the compiler.
       trainable, frozen: parameters of the adapters and of the base model.
       needs: bytes that the compiler says it needs, if it refused for want of memory.
@@ -207,7 +205,7 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
         if compiled is None:
             work = estimated_work(workload, mesh)
         elif topology.chip.is_gpu:
-            work = compiled_memory(workload, compiled)
+            work = compiled_gpu_work(workload, compiled)
         else:
             work = compiled_work(workload, compiled)
     except jax.errors.JaxRuntimeError as error:
@@ -218,7 +216,7 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
         workload=workload,
         topology=topology,
         mesh=full,
-        source=_source(topology, compiled),
+        source="compiled" if compiled else "estimate",
         versions=versions,
         trainable=_count(shapes.state.adapters),
         frozen=_count(shapes.frozen.params),
@@ -226,12 +224,6 @@ def plan_step(workload: Workload, topology: Topology, sizes: Mapping[str, int], 
         work=work,
         exchanges=_exchanges(work.collectives, topology, compiled),
     )
-
-
-def _source(topology: Topology, compiled: Mesh | None) -> str:
-    if compiled is None:
-        return "estimate"
-    return "memory compiled" if topology.chip.is_gpu else "compiled"
 
 
 def has_compiler(topology: Topology) -> bool:

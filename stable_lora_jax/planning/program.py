@@ -75,22 +75,22 @@ def read_collectives(text: str, partitions: int) -> list[Collective]:
       text: `compiled.as_text()`.
       partitions: number of chips that it runs on: a collective that names no group joins all.
     """
-    entry, bodies = _computations(text)
-    runs, looped = _runs(entry, bodies)
+    entry, bodies = computations(text)
+    runs, looped = runs_of(entry, bodies)
     found: dict[str, Collective] = {}
     for name, lines in bodies.items():
         for line in lines if runs[name] else ():
             match = _INSTRUCTION.match(line)
             kind = match["op"].removesuffix("-start") if match else ""
             if match and kind in KINDS and len(group := _group(line, partitions)) > 1:
-                size = _result_bytes(match["type"], kind, is_start=match["op"].endswith("-start"))
+                size = result_bytes(match["type"], kind, is_start=match["op"].endswith("-start"))
                 channel = _CHANNEL.search(line)
                 key = channel[1] if channel else line
                 found[key] = Collective(kind, group, runs[name], size, name in looped)
     return list(found.values())
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+def computations(text: str) -> tuple[str, dict[str, list[str]]]:
     """Returns the entry's name, and the lines of every computation."""
     entry, bodies, current = "", {}, []
     for line in text.splitlines():
@@ -102,7 +102,7 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, bodies
 
 
-def _runs(entry: str, bodies: dict[str, list[str]]) -> tuple[Counter[str], set[str]]:
+def runs_of(entry: str, bodies: dict[str, list[str]]) -> tuple[Counter[str], set[str]]:
     """Returns how often each computation runs in a step, and which run inside a loop."""
     calls = {name: [called for line in lines for called in _called(line, bodies)] for name, lines in bodies.items()}
     runs: Counter[str] = Counter()
@@ -120,12 +120,12 @@ def _runs(entry: str, bodies: dict[str, list[str]]) -> tuple[Counter[str], set[s
 
 def _called(line: str, bodies: dict[str, list[str]]) -> Iterator[_Called]:
     is_loop = " while(" in line
-    times = _trips(line, bodies) if is_loop else 1
+    times = trips(line, bodies) if is_loop else 1
     for name in _CALLED.findall(line):
         yield _Called(name, times, is_loop)
 
 
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+def trips(line: str, bodies: dict[str, list[str]]) -> int:
     """Returns how often a loop runs; 1 if nothing tells."""
     if told := _TRIPS.search(line):
         return int(told[1])
@@ -134,13 +134,23 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     return int(bounds[0]) if len(bounds) == 1 else 1
 
 
-def _result_bytes(result: str, kind: str, *, is_start: bool) -> int:
-    sizes = [_bits(dtype) * math.prod(map(int, filter(None, dims.split(",")))) // 8 for dtype, dims in _shapes(result)]
+def result_bytes(result: str, kind: str, *, is_start: bool) -> int:
+    """Returns the bytes of a collective's result on one chip."""
+    sizes = _array_sizes(result)
     if not is_start or kind == "all-reduce":
         return sum(sizes)
     # The start of an asynchronous collective returns operands, results, and then perhaps scalars for its own use.
     arrays = [size for size, (_, dims) in zip(sizes, _shapes(result), strict=True) if dims]
     return sum(arrays[len(arrays) // 2 :])
+
+
+def array_bytes(result: str) -> int:
+    """Returns the bytes of an instruction's result: of an array, or of all arrays of a tuple."""
+    return sum(_array_sizes(result))
+
+
+def _array_sizes(result: str) -> list[int]:
+    return [_bits(dtype) * math.prod(map(int, filter(None, dims.split(",")))) // 8 for dtype, dims in _shapes(result)]
 
 
 def _shapes(result: str) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 XLA counts a loop's body once, whatever its trip count. So FLOPs and bytes come from the same step with one and with two
 layers written out: their difference is a layer, and every further layer costs that again. Memory and collectives are
-those of the whole program.
+those of the whole program. A described GPU has no such count: there all of it is read in the whole program's text.
 """
 
 import math
@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from stable_lora_jax.models.chunked_head import CHUNK_BYTES
 from stable_lora_jax.planning.program import Collective, read_collectives
+from stable_lora_jax.planning.program_work import attention_flops, bytes_moved, product_flops
 from stable_lora_jax.planning.workload import StepShapes, Workload, lower, step_shapes
 from stable_lora_jax.training.sharding import AXES, AnyMesh, frozen_shardings
 from stable_lora_jax.training.step import suits_unrolling, train_step
@@ -80,17 +81,26 @@ def kernel_flops(workload: Workload) -> int:
     return written_out - with_kernel
 
 
-def compiled_memory(workload: Workload, mesh: Mesh) -> Work:
-    """Returns the memory and the collectives of the compiled step, and the estimated rest, for described GPUs.
+def compiled_gpu_work(workload: Workload, mesh: Mesh) -> Work:
+    """Returns the work of the step compiled for GPUs, which may be only described.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses.
     """
-    compiled = lower(workload, mesh, unroll=suits_unrolling(mesh)).compile()
+    return read_gpu_work(lower(workload, mesh, unroll=suits_unrolling(mesh)).compile(), mesh.size)
+
+
+def read_gpu_work(compiled: jax.stages.Compiled, gpus: int) -> Work:
+    """Returns the work of a program compiled for so many GPUs.
+
+    FLOPs are those of products and of cuDNN's attention; element by element, there is little beside them.
+    """
     memory: Any = compiled.memory_analysis()
-    return replace(
-        estimated_work(workload, abstract_mesh(**dict(mesh.shape))),
-        collectives=tuple(read_collectives(compiled.as_text() or "", mesh.size)),
+    text = compiled.as_text() or ""
+    return Work(
+        flops=product_flops(text) + attention_flops(text),
+        bytes_accessed=bytes_moved(text),
+        collectives=tuple(read_collectives(text, gpus)),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes,

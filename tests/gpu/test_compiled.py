@@ -21,8 +21,8 @@ from stable_lora_jax.models import choose_attention
 from stable_lora_jax.models.chunked_head import CHUNK_BYTES
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
 from stable_lora_jax.planning import Workload, lower, parse_topology, plan_step, topology_devices
+from stable_lora_jax.planning.program_work import attention_flops, bytes_moved, product_flops
 from stable_lora_jax.training import make_mesh, suits_unrolling
-from tests.gpu.products import product_flops
 
 LLAMA = KNOWN_CONFIGS["llama-3.2-1b"]
 H100 = parse_topology("h100:1")
@@ -157,10 +157,11 @@ def test_a_plan(name):
     topology = parse_topology(name)
     workload = Workload(config=LLAMA, rows=8, length=1024, num_targets=1024).shallow(2)
     plan = plan_step(workload, topology, {"data": topology.chips}, use_compiler=True)
-    assert plan.source == "memory compiled"
+    assert plan.source == "compiled"
     assert plan.fits
     assert plan.workload.attention == "cudnn"
     assert bool(plan.exchanges) == (topology.chips > 1)
     estimate = plan_step(workload, topology, {"data": topology.chips}, use_compiler=False)
     assert plan.memory == pytest.approx(estimate.memory, rel=0.35)
-    assert plan.work.flops == estimate.work.flops
+    assert plan.work.flops == pytest.approx(estimate.work.flops, rel=0.05)
+    assert estimate.work.bytes_accessed < plan.work.bytes_accessed < 4 * estimate.work.bytes_accessed
