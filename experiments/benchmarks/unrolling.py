@@ -6,8 +6,8 @@ Command:   make unrolling       (needs the CUDA plugin, no GPU)
 Hardware:  2 CPU cores. Minutes: 6.
 Observed:  not run yet.
 
-The real step, bfloat16 base, LoRA r = 8 on q and v, 128 predicted tokens per row. A described card has no autotuning, so
-XLA takes its own kernels for all products; with a card it may take cuBLAS. Both are compiled. No time is measured.
+The real step, bfloat16 base, LoRA r = 8 on q and v, 128 predicted tokens per row. A described card has no autotuning,
+so XLA takes its own kernels for all products; with a card it may take cuBLAS. Both are compiled. No time is measured.
 """
 
 import json

@@ -1,9 +1,9 @@
 """A plan: does a training step fit a TPU slice or GPUs, how long does it take, what binds, what does a run cost.
 
 With libtpu or the CUDA plugin installed the step is compiled for the devices, on any machine, and the figures are those
-of the compiled program. Without, they are estimated. The plan says which. Either way no chip is asked: seconds are what the chips' published
-rates allow, from "everything overlaps" (the slowest of compute, memory and links alone) to "nothing does" (their sum).
-Real steps are seldom faster than the first.
+of the compiled program. Without, they are estimated. The plan says which. Either way no chip is asked: seconds are what
+the chips' published rates allow, from "everything overlaps" (the slowest of compute, memory and links alone) to
+"nothing does" (their sum). Real steps are seldom faster than the first.
 """
 
 import os

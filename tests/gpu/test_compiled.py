@@ -117,6 +117,8 @@ def test_nothing_but_the_elementwise_is_computed_twice(unroll, cublas):
     forward_and_back = 2 * (2 * rows * length * frozen + padded * 2 * rows * targets * config.vocab_size * width)
     once = forward_and_back + 3 * 2 * rows * length * adapters
     assert 0.97 * once <= product_flops(text) <= 1.001 * once  # less: the first layer's x needs no gradient
+    scores = 8 * config.num_heads * length**2 // 2  # causal
+    assert attention_flops(text) == 4 * (2 + 5) * 2 * scores * config.head_dim
     kernels = text.count('custom_call_target="__cudnn$fmhaSoftmax"'), text.count("__cudnn$fmhaSoftmaxBackward")
     assert kernels == ((4, 4) if unroll else (1, 1))
 
@@ -135,6 +137,7 @@ def test_the_loop_over_chunks_of_logits_carries_no_more_numbers_of_tokens_than_t
 
 def test_layers_written_out_copy_nothing_into_stacks():
     looped, out = (compiled(8, 1024, layers=4, unroll=unroll) for unroll in (False, True))
+    assert bytes_moved(out.as_text()) < 0.9 * bytes_moved(looped.as_text())
     stacks = [{sizes for dtype, sizes in shapes(each) if sizes[:3] == (4, 8, 1024)} for each in (looped, out)]
     assert stacks[0]
     assert not stacks[1]
