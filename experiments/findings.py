@@ -144,9 +144,11 @@ def _at_best_rates(results: Path) -> list[str]:
 
         told = [f"{chosen(name)} {_at_best(grid, name)}" for name in grid.best if name != "AdamW"]
         where = f"{group.name}, s = {group.scale:g}, {group.dtype}"
+        least = min(len(grid.seeds_at_best(name)) for name in grid.best)
+        alone = " Of one seed, ± is over questions alone." if least == 1 else ""
         sentences.append(
             f"* Each at the best of {len(grid.rates)} rates from {grid.rates[0]:g} to {grid.rates[-1]:g} ({where}): "
-            f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}. Of one seed, ± is over questions alone."
+            f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}.{alone}"
         )
     return sentences
 
