@@ -48,6 +48,18 @@ def test_equals_the_plain_one(chunk_bytes, vocab_axis):
     np.testing.assert_allclose(ours[1], plain(2 * hidden, targets, weight, vocab_axis), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("count", "rows", "chunk"),
+    [
+        *((1024, 8, 64), (128, 8, 64), (65, 8, 65), (66, 8, 48), (4096, 4, 128), (700, 1, 384)),
+        *((66, 3, 66), (400, 3, 128), (100, 32, 16), (30, 600, 1), (9, 200, 2)),
+    ],
+)
+def test_chunks_are_whole_tiles_alike_in_size(count, rows, chunk):
+    assert chunked_head.chunk_size(count, rows, 128256) == chunk
+    assert 4 * rows * chunk * 128256 <= max(chunked_head.CHUNK_BYTES, 4 * rows * 128256)
+
+
 def test_bfloat16_is_as_near_as_without_chunks(chunk_bytes):
     exact, rounded = inputs(), inputs(dtype=jnp.bfloat16)
 
