@@ -9,7 +9,7 @@ import numpy as np
 from experiments.running import tables
 from experiments.running.markdown import markdown
 from experiments.studies import pilot
-from experiments.studies.rates_tables import Grid, below_the_pilot
+from experiments.studies.rates_tables import Grid, beyond_the_pilot
 from experiments.studies.valley import WIDE, Valley, valley
 from stable_lora_jax.evaluation import Estimate
 
@@ -78,7 +78,7 @@ def table(results: Path) -> str:
 
 def _judged(results: Path) -> tuple[dict[str, Judged], dict[str, Grid]]:
     """Returns what each of the pilot's settings says, and the grids of those that were measured again."""
-    grids = below_the_pilot(results)
+    grids = beyond_the_pilot(results)
     pilots = {name: pilot.load(results, name) for name in pilot.SETTINGS}
     judged = {name: _by_pilot(setting) for name, setting in pilots.items()}
     return judged | {name: _by_grid(grid) for name, grid in grids.items()}, grids
@@ -103,7 +103,7 @@ def at_half_the_rate(results: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Grids that do not rise by octaves are left out.
     """
     settings = {DATA[name]: (pilot.load(results, name), list(pilot.RATES)) for name in pilot.SETTINGS}
-    grids = below_the_pilot(results).items()
+    grids = beyond_the_pilot(results).items()
     settings |= {f"{DATA[name]}, measured again": (grid.setting, grid.rates) for name, grid in grids}
     found = {}
     for name, (setting, rates) in settings.items():
@@ -136,7 +136,8 @@ def _range(found: Valley) -> str:
 def _sources(grids: Mapping[str, Grid]) -> str:
     theirs = " and ".join(DATA[name] for name in pilot.SETTINGS if name not in grids)
     ours = "".join(
-        f"; {DATA[name]} is measured again, at rates from {grid.rates[0]:g}, as AdamW's best lay below the pilot's"
+        f"; {DATA[name]} is measured again, at rates from {grid.rates[0]:g} to {grid.rates[-1]:g}, as best rates lay "
+        "outside the pilot's"
         for name, grid in grids.items()
     )
     return f"{theirs[:1].upper()}{theirs[1:]} are of the pilot, 420 runs on one H100{ours}."

@@ -174,11 +174,14 @@ def grid_of(by_cell: Mapping[CellKey, Record]) -> Grid | None:
     return Grid(rates, seeds, setting, best, {name: at_best(name) for name in methods})
 
 
-def below_the_pilot(results: Path) -> dict[str, Grid]:
-    """Returns the pilot's settings in which AdamW's best rate was found below its grid, and what was measured there."""
+def beyond_the_pilot(results: Path) -> dict[str, Grid]:
+    """Returns the pilot's settings in which a method's best rate was found outside its grid, and what was measured."""
+
+    def is_beyond(grid: Grid) -> bool:
+        return not all(min(pilot.RATES) <= grid.of_best(method) <= max(pilot.RATES) for method in grid.best)
+
     grids = {group: grid_of(by_cell) for group, by_cell in by_setting(results).items() if of_pilot(group)}
-    below = {group.name: grid for group, grid in grids.items() if grid and grid.of_best("AdamW") < min(pilot.RATES)}
-    return {PILOT[name][0]: grid for name, grid in below.items()}
+    return {PILOT[group.name][0]: grid for group, grid in grids.items() if grid and is_beyond(grid)}
 
 
 def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
