@@ -95,10 +95,9 @@ def attend(
       implementation: from `choose_attention`.
     """
     if implementation == "cudnn":
-        mask = None if visible is None else visible[:, None]
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=visible is None, implementation="cudnn"
-        )
+        # With a mask too: the kernel leaves out the blocks of scores that are all behind their queries.
+        mask, causal = None if visible is None else visible[:, None], query.shape[1] == key.shape[1]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
     batch, length, heads, width = query.shape
     if length == key.shape[1]:
         causal = jnp.tril(jnp.ones((length, length), bool))[None]

@@ -22,7 +22,8 @@ from stable_lora_jax.models.chunked_head import CHUNK_BYTES
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
 from stable_lora_jax.planning import Workload, lower, parse_topology, plan_step, topology_devices
 from stable_lora_jax.planning.program_work import attention_flops, bytes_moved, product_flops
-from stable_lora_jax.training import make_mesh, suits_unrolling
+from stable_lora_jax.planning.workload import step_shapes
+from stable_lora_jax.training import compile_step, make_mesh, suits_unrolling
 
 LLAMA = KNOWN_CONFIGS["llama-3.2-1b"]
 H100 = parse_topology("h100:1")
@@ -120,6 +121,20 @@ def test_nothing_but_the_elementwise_is_computed_twice(unroll, cublas):
     assert attention_flops(text) == 4 * (2 + 5) * 2 * scores * config.head_dim
     kernels = text.count('custom_call_target="__cudnn$fmhaSoftmax"'), text.count("__cudnn$fmhaSoftmaxBackward")
     assert kernels == ((4, 4) if unroll else (1, 1))
+
+
+def test_packed_rows_take_a_mask_and_half_of_the_scores():
+    rows, length, layers = 8, 1024, 2
+    workload = Workload(config=LLAMA, rows=rows, length=length, num_targets=128, attention="cudnn").shallow(layers)
+    graph, loss, optimizer, state, frozen, batch = step_shapes(workload)
+    batch = batch._replace(answer=jax.ShapeDtypeStruct((rows, 8), jnp.int32))
+    step: Any = compile_step(graph, loss, optimizer, mesh=make_mesh(devices=[h100()]), frozen=frozen, unroll=True)
+    program = step.lower(state, frozen, batch).compile()
+    assert "ScaleBias" in program.as_text()
+    scores = rows * LLAMA.num_heads * length**2 // 2  # the mask hides more, but the kernels know that it is causal
+    assert attention_flops(program.as_text()) == layers * (2 + 5) * 2 * scores * LLAMA.head_dim
+    masks = [sizes for _, sizes in shapes(program) if sizes.count(length) > 1]
+    assert max(map(math.prod, masks)) == rows * length**2
 
 
 def test_layers_are_looped_over_where_gpus_share_weights():
