@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from experiments.benchmarks.bench_timing import peak_gigabytes, peft_logits
 
 WARM = 3
+PACKED = 8  # examples in a packed row
 TARGETS = {"qv": ["q_proj", "v_proj"]}
 TARGETS["qkvogud"] = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 # bfloat16 operations a second, dense, by the published figures of SXM cards.
@@ -116,7 +118,8 @@ def ours(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     graph, adapters, frozen = split_model(adapted(cell, "remat" in cell["contender"]))
     optimizer = make_optimizer("stable-lora", 5e-4, lam=0.001, weight_decay=0.0, clip_norm=1.0)
     mesh = make_mesh()
-    batch = jax.device_put(answer_batch(*rows_of(cell, config_of(cell["model"]).vocab_size)))
+    batch = answer_batch(*rows_of(cell, config_of(cell["model"]).vocab_size))
+    batch = jax.device_put(packed(batch) if "packed" in cell["contender"] else batch)
     unroll = "looped" not in cell["contender"]
     step = compile_step(graph, make_loss("answer", 1), optimizer, mesh=mesh, frozen=frozen, unroll=unroll)
     state = jax.device_put(init_state(jax.tree.map(jnp.copy, adapters), optimizer), replicated(mesh))
@@ -126,6 +129,60 @@ def ours(cell: dict[str, Any], steps: int) -> dict[str, Any]:
         state, _ = step(state, frozen, batch)
 
     return told(cell, *clocked(advance, lambda: jax.block_until_ready(state), steps), *jax_peak())
+
+
+def packed(batch: Any) -> Any:
+    """Returns rows of as many tokens and targets that hold `PACKED` examples each, of one length."""
+    rows, length = batch.tokens.shape
+    each, targets = length // PACKED, batch.targets.shape[1] // PACKED
+    document = np.arange(length) // each
+    read_at = each * np.arange(1, PACKED + 1)[:, None] - np.arange(targets, 0, -1)
+    of_row = {
+        "positions": np.arange(length) % each,
+        "documents": document,
+        "read_at": read_at.flatten(),
+        "owner": document[read_at.flatten()],
+        "answer": np.zeros(PACKED),
+    }
+    return batch._replace(**{name: np.tile(x.astype(np.int32), (rows, 1)) for name, x in of_row.items()})
+
+
+def parity(cell: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The device's attention, forward and back, against float32 written out: rows of one example, and packed rows.
+
+    Raises:
+      SystemExit: they differ by more than 2 % of the largest entry.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from stable_lora_jax.models import choose_attention
+    from stable_lora_jax.models.attention import attend
+
+    del steps
+    config, rows, length, rng = config_of(cell["model"]), cell["rows"], cell["length"], np.random.default_rng(0)
+    chosen = choose_attention("auto", dtype=jnp.bfloat16, head_dim=config.head_dim)
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)
+    *inputs, cotangent = (jnp.asarray(rng.normal(size=(rows, length, n, config.head_dim)), jnp.bfloat16) for n in heads)
+    document = np.arange(length) * PACKED // length
+    visible = np.tril(document[:, None] == document)[None].repeat(rows, 0)
+
+    @partial(jax.jit, static_argnums=0)
+    def attended(name: Any, inputs: Any, cotangent: Any, visible: Any) -> Any:
+        out, back = jax.vjp(lambda *of: attend(*of, visible, name), *inputs)
+        return out, *back(cotangent)
+
+    differences = {}
+    for rows_are, mask in {"whole": None, "packed": jnp.asarray(visible)}.items():
+        ours = attended(chosen, inputs, cotangent, mask)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangent))
+        with jax.default_matmul_precision("highest"):
+            exact = attended("xla", *wide, mask)
+        off = [float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(ours, exact, strict=True)]
+        differences[rows_are] = max(off)
+    if not max(differences.values()) <= 2e-2:
+        raise SystemExit(f"{chosen} is off by {differences}")
+    return {"attention": chosen, "differences": differences, "device": jax.devices()[0].device_kind}
 
 
 def peft(cell: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -260,7 +317,7 @@ def sweep(cell: dict[str, Any], steps: int) -> dict[str, Any]:
 def main(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     """Returns what is measured of a cell."""
     if cell["kind"] != "step":
-        return {"update": update, "sweep": sweep}[cell["kind"]](cell, steps)
+        return {"update": update, "sweep": sweep, "parity": parity}[cell["kind"]](cell, steps)
     return (peft if "peft" in cell["contender"] else ours)(cell, steps)
 
 
