@@ -8,7 +8,8 @@ shared between the adapters beyond that: one that becomes infinite leaves the ot
 The scale is a static number of the model. Here it rides on B: ``s (x A) B = s₀ (x A) (s/s₀ B)`` in the forward pass,
 where s₀ is the model's own, while the B that is trained, and that the optimizer sees, is the plain one.
 
-Not here: dropout (its masks belong to the model, not to an adapter), checkpoints, gradient accumulation.
+Not here: dropout (its masks belong to the model, not to an adapter), checkpoints, gradient accumulation, and cuDNN's
+attention: JAX maps it over adapters only where there is no mask, or one per head; attention is written out instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -153,9 +154,10 @@ def _shared(mesh: Mesh) -> NamedSharding:
 
 
 def _at_scale(loss: Loss, scale: Number) -> Loss:
-    """Returns the loss of the model whose adapters have another scale."""
+    """Returns the loss of the model whose adapters have another scale, with an attention that can be mapped."""
 
     def scaled(model: Decoder, batch: Batch) -> tuple[Array, Array]:
+        model.attention = "xla" if model.attention == "cudnn" else model.attention
         for module in lora_modules(model).values():
             module.lora_b[...] = jnp.asarray(scale / module.scale, module.lora_b.dtype) * module.lora_b[...]
         return loss(model, batch)

@@ -23,7 +23,15 @@ from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
 from stable_lora_jax.planning import Workload, lower, parse_topology, plan_step, topology_devices
 from stable_lora_jax.planning.program_work import attention_flops, bytes_moved, product_flops
 from stable_lora_jax.planning.workload import step_shapes
-from stable_lora_jax.training import compile_step, make_mesh, suits_unrolling
+from stable_lora_jax.training import (
+    SweepPoint,
+    compile_step,
+    compile_sweep_step,
+    init_state,
+    make_mesh,
+    make_optimizer,
+    suits_unrolling,
+)
 
 LLAMA = KNOWN_CONFIGS["llama-3.2-1b"]
 H100 = parse_topology("h100:1")
@@ -135,6 +143,25 @@ def test_packed_rows_take_a_mask_and_half_of_the_scores():
     assert attention_flops(program.as_text()) == layers * (2 + 5) * 2 * scores * LLAMA.head_dim
     masks = [sizes for _, sizes in shapes(program) if sizes.count(length) > 1]
     assert max(map(math.prod, masks)) == rows * length**2
+
+
+def test_a_sweep_of_packed_rows_compiles():
+    adapters = 3
+    workload = Workload(config=LLAMA, rows=2, length=256, num_targets=32, attention="cudnn").shallow(2)
+    graph, loss, _, state, frozen, batch = step_shapes(workload)
+    batch = batch._replace(answer=jax.ShapeDtypeStruct((2, 8), jnp.int32))
+
+    def optimizer(point: SweepPoint):
+        return make_optimizer("stable-lora", point.learning_rate, lam=point.lam, weight_decay=0.0, clip_norm=1.0)
+
+    def stacked(tree):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((adapters, *leaf.shape), leaf.dtype), tree)
+
+    start = jax.vmap(lambda adapters: init_state(adapters, optimizer(SweepPoint(5e-4, 2.0))))
+    numbers = stacked(SweepPoint(*[jax.ShapeDtypeStruct((), jnp.float32)] * len(SweepPoint._fields)))
+    step: Any = compile_sweep_step(graph, loss, optimizer, mesh=make_mesh(devices=[h100()]))
+    program = step.lower(jax.eval_shape(start, stacked(state.adapters)), numbers, frozen, stacked(batch)).compile()
+    assert product_flops(program.as_text()) > adapters * 0.9 * product_flops(compiled(2, 256, 32, layers=2).as_text())
 
 
 def test_layers_are_looped_over_where_gpus_share_weights():
