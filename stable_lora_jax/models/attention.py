@@ -12,7 +12,9 @@ cannot fulfil with the reason.
 
 The splash kernel (`stable_lora_jax.models.splash`) knows documents and a window. Rows in which answers branch from a
 shared prompt, and models whose layers have different windows, are computed by "xla" instead; so is generation, with its
-cache. Questions' batches have such rows unless they are packed.
+cache. Questions' batches have such rows unless they are packed. cuDNN's backward pass takes rows of even
+length alone: those of an odd one, which batches of this library do not have, are computed by "xla" too, and so are
+sweeps on GPUs (`training.sweep`).
 """
 
 from typing import Any, Literal, TypeAlias
@@ -94,7 +96,7 @@ def attend(
         None is causal, and needs as many keys as queries.
       implementation: from `choose_attention`.
     """
-    if implementation == "cudnn":
+    if implementation == "cudnn" and query.shape[1] % 2 == 0:
         # With a mask too: the kernel leaves out the blocks of scores that are all behind their queries.
         mask, causal = None if visible is None else visible[:, None], query.shape[1] == key.shape[1]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")

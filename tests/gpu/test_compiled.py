@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from stable_lora_jax.models import choose_attention
+from stable_lora_jax.models.attention import attend
 from stable_lora_jax.models.chunked_head import CHUNK_BYTES
 from stable_lora_jax.models.known_configs import KNOWN_CONFIGS
 from stable_lora_jax.planning import Workload, lower, parse_topology, plan_step, topology_devices
@@ -143,6 +144,20 @@ def test_packed_rows_take_a_mask_and_half_of_the_scores():
     assert attention_flops(program.as_text()) == layers * (2 + 5) * 2 * scores * LLAMA.head_dim
     masks = [sizes for _, sizes in shapes(program) if sizes.count(length) > 1]
     assert max(map(math.prod, masks)) == rows * length**2
+
+
+@pytest.mark.parametrize(("length", "masked", "kernel"), [(255, False, False), (255, True, False), (256, True, True)])
+def test_rows_of_odd_length_are_written_out(length, masked, kernel):
+    def shaped(*sizes, dtype: Any = jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=SingleDeviceSharding(h100()))
+
+    def loss(query, key, visible):
+        return attend(query, key, key, visible, "cudnn").sum(dtype=jnp.float32)
+
+    visible = shaped(2, length, length, dtype=bool) if masked else None
+    arguments = shaped(2, length, 9, 64), shaped(2, length, 3, 64), visible
+    text = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text()
+    assert ("__cudnn$fmha" in text) == kernel
 
 
 def test_a_sweep_of_packed_rows_compiles():
