@@ -169,7 +169,7 @@ def parity(cell: dict[str, Any], steps: int) -> dict[str, Any]:
 
     @partial(jax.jit, static_argnums=0)
     def attended(name: Any, inputs: Any, cotangent: Any, visible: Any) -> Any:
-        out, back = jax.vjp(lambda *of: attend(*of, visible, name), *inputs)
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, visible, name), *inputs)
         return out, *back(cotangent)
 
     differences = {}
