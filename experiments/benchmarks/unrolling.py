@@ -40,8 +40,6 @@ class UnrollingConfig:
 
     out: Path = Path("experiments/results/unrolling.json")
     """The file; what the same version of JAX gave is replaced."""
-    layers: int = LLAMA.num_layers
-    """Layers of the model."""
 
 
 def main(config: UnrollingConfig) -> None:
@@ -54,7 +52,7 @@ def main(config: UnrollingConfig) -> None:
         workload = Workload(config=LLAMA, rows=rows, length=length, num_targets=128, attention=attention)
         for products, options in PRODUCTS.items():
             for unroll in (False, True):
-                lowered = lower(workload.shallow(config.layers), mesh, unroll=unroll)
+                lowered = lower(workload, mesh, unroll=unroll)
                 start = time.perf_counter()
                 work = read_gpu_work(lowered.compile(compiler_options=options), mesh.size)
                 line = {

@@ -42,19 +42,15 @@ def product_flops(text: str) -> int:
     Args:
       text: `compiled.as_text()` of a program for a GPU.
     """
-    entry, bodies = computations(text)
-    runs, _ = runs_of(entry, bodies)
     total = 0
-    for name, lines in bodies.items():
-        found = _read(lines)
-        for each in found.values() if runs[name] else ():
-            if each.op == "dot" or "__cublas" in each.line:
-                contracted = _CONTRACTED.search(each.line)
-                if contracted is None:
-                    raise ValueError(f"A product names no contracted axis: {each.line.strip()[:200]}")
-                left = _sizes(found[each.operands[0]].result)
-                summed = math.prod(left[int(axis)] for axis in contracted[1].replace('"', "").split(","))
-                total += 2 * runs[name] * math.prod(_sizes(each.result)) * summed
+    for times, each, program in _executed(text):
+        if each.op == "dot" or "__cublas" in each.line:
+            contracted = _CONTRACTED.search(each.line)
+            if contracted is None:
+                raise ValueError(f"A product names no contracted axis: {each.line.strip()[:200]}")
+            left = _sizes(program[each.operands[0]].result)
+            summed = math.prod(left[int(axis)] for axis in contracted[1].replace('"', "").split(","))
+            total += 2 * times * math.prod(_sizes(each.result)) * summed
     return total
 
 
@@ -66,20 +62,16 @@ def attention_flops(text: str) -> int:
     Args:
       text: `compiled.as_text()` of a program for a GPU.
     """
-    entry, bodies = computations(text)
-    runs, _ = runs_of(entry, bodies)
     total = 0
-    for name, lines in bodies.items():
-        found = _read(lines)
-        for each in found.values() if runs[name] else ():
-            if "__cudnn$fmha" in each.line and each.op.startswith("custom-call"):
-                scores = _SCORES.search(each.line)
-                if scores is None:
-                    raise ValueError(f"An attention kernel names no scores: {each.line.strip()[:200]}")
-                features = _sizes(found[each.operands[0]].result)[-1]
-                products = 5 if "Backward" in each.line else 2
-                flops = 2 * products * features * math.prod(map(int, re.findall(r"\d+", scores[1])))
-                total += runs[name] * flops // (2 if re.search(r'"mask_type": ?"CAUSAL"', each.line) else 1)
+    for times, each, program in _executed(text):
+        if "__cudnn$fmha" in each.line and each.op.startswith("custom-call"):
+            scores = _SCORES.search(each.line)
+            if scores is None:
+                raise ValueError(f"An attention kernel names no scores: {each.line.strip()[:200]}")
+            features = _sizes(program[each.operands[0]].result)[-1]
+            products = 5 if "Backward" in each.line else 2
+            flops = 2 * products * features * math.prod(map(int, re.findall(r"\d+", scores[1])))
+            total += times * flops // (2 if re.search(r'"mask_type": ?"CAUSAL"', each.line) else 1)
     return total
 
 
@@ -93,6 +85,16 @@ def bytes_moved(text: str) -> int:
     """
     entry, bodies = computations(text)
     return _moved(entry, {name: _read(lines) for name, lines in bodies.items()}, bodies)
+
+
+def _executed(text: str) -> Iterator[tuple[int, _Instruction, Mapping[str, _Instruction]]]:
+    """Yields how often each instruction runs in a step, itself, and the computation that it stands in."""
+    entry, bodies = computations(text)
+    runs, _ = runs_of(entry, bodies)
+    for name, lines in bodies.items():
+        program = _read(lines) if runs[name] else {}
+        for each in program.values():
+            yield runs[name], each, program
 
 
 def _moved(
