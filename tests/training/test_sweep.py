@@ -106,6 +106,17 @@ def test_each_adapter_is_that_of_its_single_run_whatever_becomes_of_the_others(m
         assert len(set(stops.tolist())) > 2  # at different steps, or never
 
 
+def test_a_model_for_cudnn_has_its_attention_written_out():
+    def losses(attention):
+        model = model_of(0)
+        model.attention = attention
+        graph, start, frozen = split_model(model)
+        runs = {"make_optimizer": lambda point: optimizer_of("adamw", point), "loss": LOSS, "total_steps": 2}
+        return train_sweep(graph, frozen, [start], [batches_of(0)], POINTS[:1], progress=False, **runs).losses
+
+    np.testing.assert_array_equal(losses("cudnn"), losses("xla"))
+
+
 def test_errors():
     graph, start, frozen = split_model(model_of(0))
     given = {"make_optimizer": lambda point: optimizer_of("adamw", point), "loss": LOSS, "total_steps": 1}
