@@ -28,6 +28,8 @@ half a 95 % interval, of one seed over the questions alone, else over seeds and 
 """
 # Settings of the pilot, by the names that they have here, and their steps; its s is 16.
 PILOT = {"few": ("few", 500), "passes": ("arc3", 750), "fresh": ("fresh", 500)}
+# The pilot's, so that a method looks alike in every column of both figures; what it has not gets those that it spares.
+_COLOURS = {**pilot.METHODS, pilot.EARLY: "C3", "lora-plus": "C4", "riemannian": "C6", "lora-rite": "black"}
 CellKey: TypeAlias = tuple[str, float, int]  # method, rate, seed
 
 
@@ -291,17 +293,18 @@ def draw(path: Path, curves: dict[str, Curves]) -> None:
     for column, (title, (rates, found, over_steps)) in zip(axes.T, curves.items(), strict=True):
         above = column[0]
         for name, nats in found.items():
-            above.plot(rates, nats, marker="o", markersize=3.5, label=name)
+            above.plot(rates, nats, marker="o", markersize=3.5, label=name, color=_COLOURS.get(name))
         above.set(xscale="log", xlabel="peak learning rate η", title=title)
         above.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8, rotation=30)
         above.set_xticks([], minor=True)
+        above.legend(fontsize=8)
         for below in column[1:]:
+            below.set_visible(bool(over_steps))
             for rate, (steps, nats) in over_steps.items():
                 below.plot(steps, nats, marker="o", markersize=3.5, label=f"η = {rate:g}")
             below.set(xlabel="step", title="AdamW while it trains")
             if over_steps:
                 below.legend(fontsize=8)
-    axes[0, 0].legend(fontsize=8)
     for row, label in zip(
         axes, ("nats per token of the right answers", "the same of the held-out questions"), strict=False
     ):
