@@ -153,5 +153,5 @@ def draw(path: Path, settings: list[Setting]) -> None:
         under.set(xlabel="share of the run, %", title="each at its chosen η", ylim=(low - 0.01, low + 0.3))
     above[0].set_ylabel("nats per byte")
     below[0].set_ylabel("nats per byte")
-    below[-1].legend(fontsize=7)
+    below[-1].legend(fontsize=7, handlelength=4)  # long enough to tell dashes
     figure.savefig(path, dpi=110)
