@@ -1,5 +1,6 @@
 """What the committed lines say, one finding after the other, made again by `make results`."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def details(results: Path) -> str:
             *_pilot(results),
             *_repeats(results),
             *_at_best_rates(results),
+            *_scales(results),
             _moved(results),
             *_small_decoder(results),
             "",
@@ -150,6 +152,25 @@ def _at_best_rates(results: Path) -> list[str]:
             f"* Each at the best of {len(grid.rates)} rates from {grid.rates[0]:g} to {grid.rates[-1]:g} ({where}): "
             f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}.{alone}"
         )
+    return sentences
+
+
+def _scales(results: Path) -> list[str]:
+    """Returns how curves at s = 2 differ from those at s = 16 and a quarter of the rate, a sentence each setting."""
+    found, sentences = by_setting(results), []
+    for small, large in itertools.product(found, found):
+        if (small.scale, large.scale) != (2, 16) or (small.data, small.steps) != (large.data, large.steps):
+            continue
+        differences: dict[str, list[float]] = {}
+        for (method, rate, seed), line in found[small].items():
+            if other := found[large].get((method, rate / 4, seed)):
+                differences.setdefault(method, []).append(line["nll_token"] - other["nll_token"])
+        told = "; ".join(f"{name} {min(each):+.3f} to {max(each):+.3f}" for name, each in differences.items())
+        if told:
+            sentences.append(
+                f"* {small.name}, s = 2 ({small.dtype}), minus s = 16 ({large.dtype}) at a quarter of the rate, in "
+                f"nats per token: {told}."
+            )
     return sentences
 
 

@@ -4,15 +4,16 @@ Question:  at each method's best learning rate, and over the whole grid, what do
            A₀ × 1/4 and decay on A, with few data and many passes, three passes, and fresh data, at s = 16 and at s = 2?
            Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
 Command:   python -m experiments.studies.rates    (--settings few --scales 16 --seeds 1; --part, --ray, --together)
-Hardware:  2 CPU cores, 6 GB. Minutes: 11 to 30 per cell; a setting and scale has 72 per seed, 13 hours or
+Hardware:  2 CPU cores, 6 GB. Minutes: 6 to 30 per cell; a setting and scale has 72 per seed, 7 hours or
            more. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1632, and their scoring.
 Expected:  (2026-11-27, 2026-11-29, 2026-11-30) in LOG.md.
-Observed:  few data at s = 16 and, of three ways with one seed, fresh data. Twelve cells of few repeat the pilot:
+Observed:  few data and, of three ways with one seed at s = 16, fresh data. Twelve cells of few repeat the pilot:
            AdamW's nats within 0.02, differences from it at the same rate within 0.023. AdamW's best rate is half the
-           pilot's lowest: each at its best, of three seeds, λ = 0.0005 is level with it, λ = 0.002 0.037 worse,
-           A₀ × 1/4 0.012 better, and AdamW stopped early 0.010 better. At every rate λ = 0.002 is 0.036 to 0.066 worse
-           than AdamW at half that rate. With fresh data all best rates are 0.001, the end of the pilot's grid; there
-           λ = 0.005 is 0.009 better than AdamW, and A₀ × 1/4 level.
+           pilot's lowest: each at its best, of four seeds, λ = 0.0005 is level with it, A₀ × 1/4 and AdamW stopped
+           early are 0.012 better; of three, λ = 0.002 is 0.037 worse. At every rate λ = 0.002 is 0.036 to 0.066 worse
+           than AdamW at half that rate. At s = 2, one seed in bfloat16, AdamW's nats are those of s = 16 at a quarter
+           of the rate, within 0.010; λ = 0.002 costs 0.005 there, A₀ × 1/4 gains 0.013. With fresh data all best
+           rates are 0.001, the end of the pilot's grid; there λ = 0.005 is 0.009 better than AdamW, A₀ × 1/4 level.
 
 LoRA r = 8 on q and v, 8 questions per step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
 early: of ten validations, the adapter with the least held-out nats. Decay is per step at the peak rate: a weight decay
