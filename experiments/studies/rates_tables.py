@@ -28,7 +28,7 @@ half a 95 % interval, of one seed over the questions alone, else over seeds and 
 """
 # Settings of the pilot, by the names that they have here, and their steps; its s is 16.
 PILOT = {"few": ("few", 500), "passes": ("arc3", 750), "fresh": ("fresh", 500)}
-# The pilot's, so that a method looks alike in every column of both figures; what it has not gets those that it spares.
+# A method looks alike in every column, and in the pilot's figure. The last four are not drawn there.
 _COLOURS = {**pilot.METHODS, pilot.EARLY: "C3", "lora-plus": "C4", "riemannian": "C6", "lora-rite": "black"}
 CellKey: TypeAlias = tuple[str, float, int]  # method, rate, seed
 
@@ -285,7 +285,7 @@ def beside_pilot(title: str, by_cell: Mapping[CellKey, Record], theirs: pilot.Se
 def draw(path: Path, curves: dict[str, Curves]) -> None:
     """Writes the figure: a column per table; above, nats per token over η, below, AdamW's held-out nats over steps.
 
-    Without any run that was validated while it trained, there is no row below.
+    Without runs that were validated while they trained a column has nothing below; if none has any, there is no row.
     """
     validated = any(each.over_steps for each in curves.values())
     figure = Figure(figsize=(4.4 * len(curves), 8 if validated else 4.2), layout="constrained")
