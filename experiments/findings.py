@@ -142,14 +142,16 @@ def _at_best_rates(results: Path) -> list[str]:
             continue
 
         def chosen(method: str, grid: Grid = grid) -> str:
-            return f"{method} (η = {grid.of_best(method):g}{', an edge' if grid.is_edge(method) else ''})"
+            own = "" if grid.has_adamws_rates(method) else f" of {len(grid.rates[method])} of its own"
+            return f"{method} (η = {grid.of_best(method):g}{own}{', an edge' if grid.is_edge(method) else ''})"
 
         told = [f"{chosen(name)} {_at_best(grid, name)}" for name in grid.best if name != "AdamW"]
         where = f"{group.name}, s = {group.scale:g}, {group.dtype}"
+        rates = grid.rates["AdamW"]
         least = min(len(grid.seeds_at_best(name)) for name in grid.best)
         alone = " Of one seed, ± is over questions alone." if least == 1 else ""
         sentences.append(
-            f"* Each at the best of {len(grid.rates)} rates from {grid.rates[0]:g} to {grid.rates[-1]:g} ({where}): "
+            f"* Each at the best of {len(rates)} rates from {rates[0]:g} to {rates[-1]:g} ({where}): "
             f"against {chosen('AdamW')}, in nats per token, {'; '.join(told)}.{alone}"
         )
     return sentences

@@ -1,6 +1,6 @@
 """What Stable-LoRA is worth beside simpler means, in two sentences and a table, made again by `make results`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,14 +9,16 @@ import numpy as np
 from experiments.running import tables
 from experiments.running.markdown import markdown
 from experiments.studies import pilot
-from experiments.studies.rates_tables import Grid, beyond_the_pilot
+from experiments.studies.rates_tables import Grid, Group, beyond_the_pilot
 from experiments.studies.valley import WIDE, Valley, valley
 from stable_lora_jax.evaluation import Estimate
 
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
 _START = "A₀ × 1/4"
 TOLD = "λ = 0.002"  # the λ whose whole curve is told
-_ROWS = ("AdamW", *_LAMS, _START, pilot.EARLY)
+_DECAY = "decay on A, 0.002 per step"
+_SLOW_B = "rate of B × 1/4"
+_ROWS = ("AdamW", *_LAMS, _START, _DECAY, _SLOW_B, pilot.EARLY, "lora-plus", "riemannian", "lora-rite")
 _HIGH = 2.5e-4  # a rate that is too high with few data
 DATA: Mapping[str, str] = {  # of the pilot's settings
     "few": "few data and many passes",
@@ -46,8 +48,8 @@ def verdict(results: Path) -> str:
         return f"{min(found):+.3f} to {max(found):+.3f}"
 
     moved, same = (np.concatenate(each) for each in zip(*at_half_the_rate(results).values(), strict=True))
-    few = grids["few"]
-    high = pilot.at_rate(few.rates.index(_HIGH))
+    few = next(iter(grids["few"].values()))
+    high = pilot.at_rate(few.rates["AdamW"].index(_HIGH))
     shrunk, start, early = (
         pilot.told(pilot.compared(few.setting, high, method)[0]).removeprefix("-")
         for method in (TOLD, _START, pilot.EARLY)
@@ -76,25 +78,39 @@ def table(results: Path) -> str:
     )
 
 
-def _judged(results: Path) -> tuple[dict[str, Judged], dict[str, Grid]]:
+def _judged(results: Path) -> tuple[dict[str, Judged], dict[str, dict[Group, Grid]]]:
     """Returns what each of the pilot's settings says, and the grids of those that were measured again."""
-    grids = beyond_the_pilot(results)
+    grids = _measured_again(results)
     pilots = {name: pilot.load(results, name) for name in pilot.SETTINGS}
     judged = {name: _by_pilot(setting) for name, setting in pilots.items()}
-    return judged | {name: _by_grid(grid) for name, grid in grids.items()}, grids
+    return judged | {name: _by_grids(list(found.values())) for name, found in grids.items()}, grids
+
+
+def _measured_again(results: Path) -> dict[str, dict[Group, Grid]]:
+    """Returns the grids of each setting that was measured again, the one first that has most of what is told."""
+
+    def missing(item: tuple[Group, Grid]) -> int:
+        return sum(name not in item[1].best for name in (TOLD, _START, pilot.EARLY))
+
+    return {name: dict(sorted(found.items(), key=missing)) for name, found in beyond_the_pilot(results).items()}
 
 
 def _by_pilot(setting: pilot.Setting) -> Judged:
     seeds = setting.nats("AdamW").shape[1]
-    gains = {name: (pilot.compared(setting, pilot.at_best_rate, name)[0], seeds) for name in _ROWS if name != "AdamW"}
-    methods = [name for name in _ROWS if name != pilot.EARLY]  # whose "rates" are lengths too
+    found = [name for name in _ROWS if name in setting.log_p]
+    gains = {name: (pilot.compared(setting, pilot.at_best_rate, name)[0], seeds) for name in found if name != "AdamW"}
+    methods = [name for name in found if name != pilot.EARLY]  # whose "rates" are lengths too
     return Judged(gains, {name: valley(setting.log_p[name], setting.tokens, pilot.RATES) for name in methods})
 
 
-def _by_grid(grid: Grid) -> Judged:
-    gains = {name: (grid.gain(name)[0], len(grid.seeds_at_best(name))) for name in grid.best if name != "AdamW"}
-    setting = grid.setting
-    return Judged(gains, {name: valley(setting.log_p[name], setting.tokens, grid.rates) for name in grid.best})
+def _by_grids(grids: Sequence[Grid]) -> Judged:
+    """Returns each method's numbers, of the first grid that has it, against the AdamW of the same grid."""
+    gains, valleys = {}, {}
+    for grid in reversed(grids):
+        log_p, tokens = grid.setting.log_p, grid.setting.tokens
+        gains |= {name: (grid.gain(name)[0], len(grid.seeds_at_best(name))) for name in grid.best if name != "AdamW"}
+        valleys |= {name: valley(log_p[name], tokens, rates) for name, rates in grid.rates.items()}
+    return Judged(gains, valleys)
 
 
 def at_half_the_rate(results: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -103,11 +119,13 @@ def at_half_the_rate(results: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Grids that do not rise by octaves are left out.
     """
     settings = {DATA[name]: (pilot.load(results, name), list(pilot.RATES)) for name in pilot.SETTINGS}
-    grids = beyond_the_pilot(results).items()
-    settings |= {f"{DATA[name]}, measured again": (grid.setting, grid.rates) for name, grid in grids}
+    for name, grids in _measured_again(results).items():
+        grid = next(iter(grids.values()))
+        if TOLD in grid.best and grid.has_adamws_rates(TOLD):
+            settings[f"{DATA[name]}, measured again"] = grid.setting, grid.rates[TOLD]
     found = {}
     for name, (setting, rates) in settings.items():
-        if TOLD in setting.log_p and np.allclose(np.divide(rates[1:], rates[:-1]), 2):
+        if np.allclose(np.divide(rates[1:], rates[:-1]), 2):
             adamw, shrunk = (setting.nats(method).mean(1) for method in ("AdamW", TOLD))
             found[name] = shrunk[1:] - adamw[:-1], shrunk - adamw
     return found
@@ -117,6 +135,8 @@ def _table(judged: Mapping[str, Judged]) -> str:
     header = ("", *(f"{DATA[name]}: {what}" for name in judged for what in ("minus AdamW", "good η")))
     rows = []
     for method in _ROWS:
+        if not any(method in each.gains or method in each.valleys for each in judged.values()):
+            continue
         row = [method]
         for each in judged.values():
             row.append(_told(*each.gains[method]) if method in each.gains else "-")
@@ -133,11 +153,16 @@ def _range(found: Valley) -> str:
     return str(found).partition(":")[0]
 
 
-def _sources(grids: Mapping[str, Grid]) -> str:
+def _sources(grids: Mapping[str, Mapping[Group, Grid]]) -> str:
     theirs = " and ".join(DATA[name] for name in pilot.SETTINGS if name not in grids)
-    ours = "".join(
-        f"; {DATA[name]} is measured again, at rates from {grid.rates[0]:g} to {grid.rates[-1]:g}, as best rates lay "
-        "outside the pilot's"
-        for name, grid in grids.items()
-    )
+    ours = ""
+    for name, found in grids.items():
+        (group, grid), *others = found.items()
+        low, high = grid.rates["AdamW"][0], grid.rates["AdamW"][-1]
+        ours += f"; {DATA[name]} is measured again in {group.dtype}, AdamW at rates from {low:g} to {high:g}, "
+        ours += "as best rates lay outside the pilot's"
+        known = set(grid.best)
+        for other, more in others:
+            ours += f" ({', '.join(x for x in more.best if x not in known)} in {other.dtype}, against an AdamW in it)"
+            known |= set(more.best)
     return f"{theirs[:1].upper()}{theirs[1:]} are of the pilot, 420 runs on one H100{ours}."

@@ -20,7 +20,8 @@ LEGEND = """\
 least over the seeds. ± is half a 95 % interval over seeds and questions together, of one seed over the questions
 alone; p values of a column are corrected (Holm). *Edge*: the best rate is the grid's first or last, so a better one may
 lie outside. Curves, choices and means are of the seeds that all methods have at every rate; a difference at the best
-rates is of those that the method and AdamW have there.
+rates is of those that the method and AdamW have there. A method that was given other rates than AdamW has a grid of its
+own, and no mean to compare.
 """
 BESIDE = """\
 *Beside the pilot*: each cell that was measured here, and the pilot's own number. *Minus AdamW*: at the same rate, ±
@@ -30,6 +31,7 @@ half a 95 % interval, of one seed over the questions alone, else over seeds and 
 PILOT = {"few": ("few", 500), "passes": ("arc3", 750), "fresh": ("fresh", 500)}
 # A method looks alike in every column, and in the pilot's figure. The last four are not drawn there.
 _COLOURS = {**pilot.METHODS, pilot.EARLY: "C3", "lora-plus": "C4", "riemannian": "C6", "lora-rite": "black"}
+OWN_RATES = 5  # that a method's grid has at least, if it is not AdamW's
 CellKey: TypeAlias = tuple[str, float, int]  # method, rate, seed
 
 
@@ -37,12 +39,12 @@ class Curves(NamedTuple):
     """What a column of the figure shows.
 
     Attributes:
-      rates: η.
+      rates: method -> its η.
       nats: method -> nats per token at each.
       over_steps: η -> AdamW's steps and held-out nats at them.
     """
 
-    rates: list[float]
+    rates: dict[str, list[float]]
     nats: dict[str, np.ndarray]
     over_steps: dict[float, np.ndarray]
 
@@ -118,17 +120,17 @@ def report(results: Path) -> str:
 
 
 class Grid(NamedTuple):
-    """Methods that have every rate, with the seeds that all of them have.
+    """Methods that have every rate of AdamW's, or a grid of their own, with the seeds that all of them have.
 
     Attributes:
-      rates: η, rising.
+      rates: method -> its η, rising.
       seeds: shared ones.
-      setting: each method's log p, (rates, seeds, questions).
+      setting: each method's log p, (its rates, seeds, questions).
       best: method -> index of the rate whose held-out nats are least over the seeds.
       at_best: method -> seed -> its log p there: of `seeds`, and of some that chose nothing.
     """
 
-    rates: list[float]
+    rates: dict[str, list[float]]
     seeds: list[int]
     setting: pilot.Setting
     best: dict[str, int]
@@ -136,7 +138,7 @@ class Grid(NamedTuple):
 
     def of_best(self, method: str) -> float:
         """Returns a method's best rate."""
-        return self.rates[self.best[method]]
+        return self.rates[method][self.best[method]]
 
     def seeds_at_best(self, method: str) -> list[int]:
         """Returns the seeds that the method and AdamW have, each at its best rate."""
@@ -150,40 +152,55 @@ class Grid(NamedTuple):
 
     def is_edge(self, method: str) -> bool:
         """Returns whether the best rate is the grid's first or last, so that a better one may lie outside."""
-        return self.best[method] in (0, len(self.rates) - 1)
+        return self.best[method] in (0, len(self.rates[method]) - 1)
+
+    def has_adamws_rates(self, method: str) -> bool:
+        """Returns whether the method's grid is AdamW's, so that curves can be compared rate by rate."""
+        return self.rates[method] == self.rates["AdamW"]
 
 
 def grid_of(by_cell: Mapping[CellKey, Record]) -> Grid | None:
-    """Returns the methods to be compared; None without AdamW, another method and two rates."""
-    rates = sorted({rate for _, rate, _ in by_cell})
-    methods = [name for name in dict.fromkeys(key[0] for key in by_cell) if _whole(by_cell, name, rates, 0)]
+    """Returns the methods to be compared; None without AdamW, another method and two rates.
+
+    A method is compared if it has all of AdamW's rates, or a grid of its own of at least `OWN_RATES`.
+    """
     every = sorted({seed for _, _, seed in by_cell})
-    seeds = [seed for seed in every if all(_whole(by_cell, name, rates, seed) for name in methods)]
-    if "AdamW" not in methods or len(methods) < 2 or len(rates) < 2:
+    rates: dict[str, list[float]] = {}
+    for name, rate, seed in by_cell:
+        if seed == every[0]:
+            rates[name] = sorted([*rates.get(name, []), rate])
+    adamws = set(rates.get("AdamW", []))
+    rates = {name: found for name, found in rates.items() if adamws <= set(found) or len(found) >= OWN_RATES}
+    if len(adamws) < 2 or len(rates) < 2:
         return None
+    seeds = [x for x in every if all((name, rate, x) in by_cell for name, found in rates.items() for rate in found)]
 
     def of(name: str, field: str) -> np.ndarray:
-        return np.array([[by_cell[name, rate, seed][field] for seed in seeds] for rate in rates], float)
+        return np.array([[by_cell[name, rate, seed][field] for seed in seeds] for rate in rates[name]], float)
 
-    tokens = np.array(by_cell[methods[0], rates[0], seeds[0]]["tokens"], float)
-    setting = pilot.Setting({name: of(name, "log_p") for name in methods}, tokens, {})
-    best = {name: int(of(name, "held_out_nll").mean(1).argmin()) for name in methods}
+    tokens = np.array(by_cell["AdamW", rates["AdamW"][0], seeds[0]]["tokens"], float)
+    setting = pilot.Setting({name: of(name, "log_p") for name in rates}, tokens, {})
+    best = {name: int(of(name, "held_out_nll").mean(1).argmin()) for name in rates}
 
     def at_best(name: str) -> dict[int, np.ndarray]:
-        cells = {seed: (name, rates[best[name]], seed) for seed in every}
+        cells = {seed: (name, rates[name][best[name]], seed) for seed in every}
         return {seed: np.array(by_cell[cell]["log_p"], float) for seed, cell in cells.items() if cell in by_cell}
 
-    return Grid(rates, seeds, setting, best, {name: at_best(name) for name in methods})
+    return Grid(rates, seeds, setting, best, {name: at_best(name) for name in rates})
 
 
-def beyond_the_pilot(results: Path) -> dict[str, Grid]:
-    """Returns the pilot's settings in which a method's best rate was found outside its grid, and what was measured."""
+def beyond_the_pilot(results: Path) -> dict[str, dict[Group, Grid]]:
+    """Returns the pilot's settings in which a best rate was found outside its grid, and what was measured there."""
 
     def is_beyond(grid: Grid) -> bool:
-        return not all(min(pilot.RATES) <= grid.of_best(method) <= max(pilot.RATES) for method in grid.best)
+        on_adamws = [name for name in grid.best if grid.has_adamws_rates(name)]
+        return not all(min(pilot.RATES) <= grid.of_best(name) <= max(pilot.RATES) for name in on_adamws)
 
-    grids = {group: grid_of(by_cell) for group, by_cell in by_setting(results).items() if of_pilot(group)}
-    return {PILOT[group.name][0]: grid for group, grid in grids.items() if grid and is_beyond(grid)}
+    found: dict[str, dict[Group, Grid]] = {}
+    for group, by_cell in by_setting(results).items():
+        if of_pilot(group) and (grid := grid_of(by_cell)) and is_beyond(grid):
+            found.setdefault(PILOT[group.name][0], {})[group] = grid
+    return found
 
 
 def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curves | None]:
@@ -191,40 +208,45 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
     grid = grid_of(by_cell)
     if grid is None:
         return "", None
-    rates, seeds, setting, best = grid.rates, grid.seeds, grid.setting, grid.best
-    methods, tokens = list(best), setting.tokens
-    others = [name for name in methods if name != "AdamW"]
-    gains = [grid.gain(name) for name in others]
-    means = [pilot.compared(setting, pilot.over_rates, name) for name in others]
-    corrected = zip(*(holm([p for _, p in found]) for found in (gains, means)), strict=True)
-    told = {
-        name: [
-            f"{pilot.told(gain)} ({tables.seeds_text(len(grid.seeds_at_best(name)))})",
-            pilot.p_text(p),
-            pilot.told(mean),
-            pilot.p_text(p_of_mean),
-        ]
-        for name, (gain, _), (mean, _), (p, p_of_mean) in zip(others, gains, means, corrected, strict=True)
-    }
-    nats = {name: setting.nats(name).mean(1) for name in methods}
-    rows = [
-        (
-            name,
-            *(f"{value:.3f}" for value in nats[name]),
-            f"{grid.of_best(name):g}" + (" (edge)" if grid.is_edge(name) else ""),
-            *told.get(name, ["-"] * 4),
-            valley(setting.log_p[name], tokens, rates),
+    setting, tokens = grid.setting, grid.setting.tokens
+    others = [name for name in grid.best if name != "AdamW"]
+    gains = _corrected({name: grid.gain(name) for name in others})
+    counts = {name: tables.seeds_text(len(grid.seeds_at_best(name))) for name in others}
+    means = [name for name in others if grid.has_adamws_rates(name)]
+    means = _corrected({name: pilot.compared(setting, pilot.over_rates, name) for name in means})
+    nats = {name: setting.nats(name).mean(1) for name in grid.best}
+    every = sorted({rate for of_method in grid.rates.values() for rate in of_method})
+    rows = []
+    for name, rates in grid.rates.items():
+        at = {rate: f"{value:.3f}" for rate, value in zip(rates, nats[name], strict=True)}
+        gain, p = gains.get(name, ("-", "-"))
+        rows.append(
+            (
+                name,
+                *(at.get(rate, "-") for rate in every),
+                f"{grid.of_best(name):g}{' (edge)' if grid.is_edge(name) else ''}",
+                f"{gain} ({counts[name]})" if name in counts else gain,
+                p,
+                *means.get(name, ("-", "-")),
+                valley(setting.log_p[name], tokens, rates),
+            )
         )
-        for name in methods
-    ]
-    header = ("nats per token", *(f"η = {rate:g}" for rate in rates), "chosen η", "at the best rate, minus AdamW", "p")
+    header = ("nats per token", *(f"η = {rate:g}" for rate in every), "chosen η", "at the best rate, minus AdamW", "p")
     header += ("mean of the rates, minus AdamW", "p", GOOD_RATES)
     over_steps = {
-        rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in seeds], axis=0).T
-        for rate in (rates if pilot.EARLY in methods else ())
+        rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in grid.seeds], axis=0).T
+        for rate in grid.rates.get(pilot.EARLY, ())
     }
-    text = f"**{title}**, {len(tokens)} questions, {tables.seeds_text(len(seeds))}\n\n{markdown(header, rows)}\n\n"
-    return text, Curves(rates, nats, over_steps)
+    seeds = tables.seeds_text(len(grid.seeds))
+    text = f"**{title}**, {len(tokens)} questions, {seeds}\n\n{markdown(header, rows)}\n\n"
+    return text, Curves(grid.rates, nats, over_steps)
+
+
+def _corrected(found: Mapping[str, tuple[Estimate, float]]) -> dict[str, tuple[str, str]]:
+    """Returns each method's difference from AdamW and its p value, corrected for all of them, as tables show them."""
+    corrected = holm([p for _, p in found.values()])
+    told = ((pilot.told(each), pilot.p_text(p)) for (each, _), p in zip(found.values(), corrected, strict=True))
+    return dict(zip(found, told, strict=True))
 
 
 class Repeated(NamedTuple):
@@ -293,9 +315,10 @@ def draw(path: Path, curves: dict[str, Curves]) -> None:
     for column, (title, (rates, found, over_steps)) in zip(axes.T, curves.items(), strict=True):
         above = column[0]
         for name, nats in found.items():
-            above.plot(rates, nats, marker="o", markersize=3.5, label=name, color=_COLOURS.get(name))
+            above.plot(rates[name], nats, marker="o", markersize=3.5, label=name, color=_COLOURS.get(name))
         above.set(xscale="log", xlabel="peak learning rate η", title=title)
-        above.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8, rotation=30)
+        ticks = sorted({rate for of_method in rates.values() for rate in of_method})
+        above.set_xticks(ticks, [f"{rate:g}" for rate in ticks], fontsize=8, rotation=30)
         above.set_xticks([], minor=True)
         above.legend(fontsize=8)
         for below in column[1:]:
@@ -310,7 +333,3 @@ def draw(path: Path, curves: dict[str, Curves]) -> None:
     ):
         row[0].set_ylabel(label)
     figure.savefig(path, dpi=110)
-
-
-def _whole(by_cell: Mapping[CellKey, Record], method: str, rates: list[float], seed: int) -> bool:
-    return all((method, rate, seed) in by_cell for rate in rates)

@@ -82,6 +82,37 @@ def test_more_seeds_at_the_best_rates_count_there_alone(few):
     assert [rates_tables.grid_of(lines).seeds_at_best(name) for name in METHODS[1:]] == [[0, 1, 2], [0, 1]]
 
 
+def test_a_method_may_have_rates_of_its_own(few):
+    """A grid of five and more counts, though none of its rates is AdamW's; one of four is a part of one."""
+    lines = lines_of(few, (0, 1), range(3))
+    lower = {
+        ("lora-plus", rate / 64, seed): {
+            "log_p": few.log_p["rate of B × 4"][i, seed],
+            "tokens": few.tokens,
+            "held_out_nll": few.nats("rate of B × 4")[i, seed],
+        }
+        for i, rate in enumerate(pilot.RATES)
+        for seed in range(3)
+    }
+    grid = rates_tables.grid_of(lines | lower)
+    assert grid.rates == {name: list(pilot.RATES[:2]) for name in METHODS} | {
+        "lora-plus": [x / 64 for x in pilot.RATES]
+    }
+    assert [grid.has_adamws_rates(name) for name in grid.rates] == [True, True, True, False]
+    assert grid.of_best("lora-plus") == pilot.RATES[0] / 64
+    assert grid.gain("lora-plus") == pilot.compared(
+        few, lambda setting, method: setting.log_p[method][0], "rate of B × 4"
+    )
+    text, curves = rates_tables.over_rates("few", lines | lower)
+    row = rows_of(text)[-1]
+    assert row[0] == "lora-plus"
+    assert row[1:8] == [f"{x:.3f}" for x in few.nats("rate of B × 4").mean(1)] + ["-"] * 2
+    assert row[11:13] == ["-"] * 2
+    assert curves.rates == grid.rates
+    part = {key: line for key, line in lower.items() if key[1] > pilot.RATES[0] / 64}
+    assert list(rates_tables.grid_of(lines | part).best) == list(METHODS)
+
+
 def test_lines_are_told_by_their_methods_names(tmp_path):
     config = rates.RatesConfig(settings=("few",), scales=(16.0,), rates=(1.25e-4,), seeds=1, runs=tmp_path / "runs")
     lines = [{"train": options_of(cell.fingerprint()["train"])} for cell in rates.cells(config)]
