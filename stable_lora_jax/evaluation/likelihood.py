@@ -34,8 +34,7 @@ def target_log_likelihoods(model: Decoder, batch: Batch, *, one_branch: bool = F
         kernels are fastest at.
     """
     arrays: Any = jax.tree.map(jnp.asarray, batch)
-    hidden = _hidden_states(model, arrays, one_branch)
-    read = jnp.take_along_axis(hidden, arrays.read_at[..., None], axis=1)
+    read = _read_states(model, arrays, one_branch)
     return jnp.where(arrays.branch >= 0, model.log_likelihoods(read, arrays.targets), 0.0)
 
 
@@ -189,8 +188,8 @@ def _score_chunks(graph: nnx.GraphDef, state: nnx.State, batch: Batch, where: Ar
     work of their logits, and their memory, without a compilation for every number of them.
     """
     model = nnx.merge(graph, state)
-    hidden = _hidden_states(model, batch, False)
-    read = jnp.take_along_axis(hidden, batch.read_at[..., None], axis=1).reshape(-1, hidden.shape[-1])[where]
+    read = _read_states(model, batch, False)
+    read = read.reshape(-1, read.shape[-1])[where]
     targets = batch.targets.reshape(-1)[where]
 
     def score(chunk: Array, scores: Array) -> Array:
@@ -201,7 +200,8 @@ def _score_chunks(graph: nnx.GraphDef, state: nnx.State, batch: Batch, where: Ar
     return jax.lax.fori_loop(0, chunks, score, jnp.zeros(where.shape))
 
 
-def _hidden_states(model: Decoder, batch: Any, one_branch: bool) -> Float[Array, "B T D"]:
+def _read_states(model: Decoder, batch: Any, one_branch: bool) -> Float[Array, "B P D"]:
+    """Returns the hidden states that targets are predicted from."""
     segments = None if one_branch else batch.segments
     documents = batch.documents if batch.answer.shape[1] > 1 else None
-    return model.hidden_states(batch.tokens, batch.positions, segments, documents)
+    return model.hidden_states(batch.tokens, batch.positions, segments, documents, batch.read_at)

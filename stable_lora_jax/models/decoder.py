@@ -27,7 +27,7 @@ from stable_lora_jax.models.cache import KVCache
 from stable_lora_jax.models.chunked_head import chunked_log_likelihoods
 from stable_lora_jax.models.config import DecoderConfig
 from stable_lora_jax.models.float32_dot import float32_dot
-from stable_lora_jax.models.layer import WEIGHT_INIT, AttentionInputs, DecoderLayer, Hidden
+from stable_lora_jax.models.layer import WEIGHT_INIT, AttentionInputs, DecoderLayer, Hidden, Read, rows_at
 from stable_lora_jax.models.norms import rms_norm
 from stable_lora_jax.models.rope_scaling import LongRopeScaling, RopeScaling
 from stable_lora_jax.models.rotary import Rotation, rotation_at
@@ -132,8 +132,11 @@ class Decoder(nnx.Module):
         positions: Int[Array, "#batch length"] | None = None,
         segments: Int[Array, "batch length"] | None = None,
         documents: Int[Array, "batch length"] | None = None,
-    ) -> Hidden:
-        """Returns the normalised output of the last layer.
+        read_at: Int[Array, "batch targets"] | None = None,
+    ) -> Read:
+        """Returns the normalised output of the last layer, (batch, length, width), or where it is read.
+
+        Where the layers are written out, what of the last one comes after attention is computed for those tokens alone.
 
         Query i sees key j iff j <= i in row order, both are of one document, and (segments[j] == segments[i] or
         segments[j] == 0). So segment 0 is a prefix shared by the branches 1, 2, ... of its document.
@@ -143,6 +146,7 @@ class Decoder(nnx.Module):
           positions: rotary positions from 0, anew in each document and without gaps; None counts along the row.
           segments: as above, negative is padding; None: tokens see all before them in their document.
           documents: as above; None: a row is one document.
+          read_at: of which tokens of a row the output is wanted, (batch, targets, width); None: of all.
 
         Raises:
           ValueError: several documents in a row so long that LongRoPE's factors depend on which of them is long.
@@ -163,7 +167,10 @@ class Decoder(nnx.Module):
             ours = (keys == segments[:, :, None]) | (keys == 0)
             visible = ours & (causal if visible is None else visible)
         splash = self.attention == "splash" and segments is None
-        return self._run(tokens, positions, visible, causal, positions, None, documents, splash=splash)[0]
+        # In a loop the last layer would need a copy of the others' weights, and a compilation of its own.
+        inside = read_at if self.unroll and read_at is not None and read_at.shape[1] < length else None
+        hidden, _ = self._run(tokens, positions, visible, causal, positions, None, documents, inside, splash=splash)
+        return hidden if read_at is inside else rows_at(hidden, read_at)
 
     def extend(
         self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: KVCache
@@ -241,12 +248,14 @@ class Decoder(nnx.Module):
         key_positions: Int[Array, "#batch keys"],
         cache: KVCache | None,
         documents: Int[Array, "batch length"] | None = None,
+        read_at: Int[Array, "batch targets"] | None = None,
         *,
         splash: bool = False,
-    ) -> tuple[Hidden, KVCache | None]:
+    ) -> tuple[Read, KVCache | None]:
         """Runs all layers; `visible` is as in `attend`, `explicit` the same where it is None.
 
-        With `splash` they are what `documents` say, so that a kernel can do without them.
+        With `splash` they are what `documents` say, so that a kernel can do without them. With `read_at` the last layer
+        gives its output there alone, and so stands apart from the others.
         """
         config = self.config
         layers = range(config.num_layers)
@@ -268,7 +277,7 @@ class Decoder(nnx.Module):
         splash = splash and len(set(windows)) == 1
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
-        def step(carry, xs):
+        def step(read_at, carry, xs):
             hidden, cache = carry
             index, params, rest, rotation, sees = xs
 
@@ -277,7 +286,7 @@ class Decoder(nnx.Module):
                     return by_kernel(query, key, value, *(() if documents is None else (documents,)))
                 return attend_as(query, key, value, visibles.at(sees))
 
-            inputs = AttentionInputs(positions, rotations.at(rotation), attended)
+            inputs = AttentionInputs(positions, rotations.at(rotation), attended, read_at)
             hidden = self.placement.rows(hidden)
             layer = nnx.merge(graph, self.placement.weights("layers", params), rest)
             carry = layer(hidden, inputs, cache, index)
@@ -290,12 +299,19 @@ class Decoder(nnx.Module):
         policies = jax.checkpoint_policies
         kept = policies.save_from_both_policies(policies.save_only_these_names("kept"), is_cudnn_attention)
         saved = policies.nothing_saveable if self.remat else kept
-        step = jax.checkpoint(step, prevent_cse=self.unroll, policy=saved)
+        step = partial(jax.checkpoint, prevent_cse=self.unroll, policy=saved)(step)
         hidden = self.placement.rows(self.embed_tokens(tokens).astype(self.dtype))
         if config.embedding_scale != 1:
             hidden = hidden * jnp.asarray(config.embedding_scale, self.dtype)
         xs = (jnp.arange(config.num_layers), params, rest, rotations.of_layer, visibles.of_layer)
-        (hidden, cache), rest = jax.lax.scan(step, (hidden, cache), xs, unroll=config.num_layers if self.unroll else 1)
+        looped = config.num_layers - (read_at is not None)
+        first = jax.tree.map(lambda each: each[:looped], xs)
+        unroll = max(looped, 1) if self.unroll else 1
+        carry, rest = jax.lax.scan(partial(step, None), (hidden, cache), first, unroll=unroll)
+        if read_at is not None:
+            carry, of_last = step(read_at, carry, jax.tree.map(lambda each: each[-1], xs))
+            rest = jax.tree.map(lambda others, last: jnp.concatenate([others, last[None]]), rest, of_last)
+        hidden, cache = carry
         nnx.update(self.layers, rest)
         return self.norm(self.placement.rows(hidden)), cache
 

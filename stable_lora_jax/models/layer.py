@@ -23,6 +23,7 @@ WEIGHT_INIT = nnx.initializers.normal(0.02)
 _kept = partial(checkpoint_name, name="kept")
 
 Hidden = Float[Array, "batch length width"]
+Read = Float[Array, "batch targets width"]  # of all tokens of a row, or of some
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -34,11 +35,22 @@ class AttentionInputs(NamedTuple):
       positions: of the tokens.
       rotation: of queries and keys.
       attend: from queries, keys and values (batch, length, heads, width) to what is attended, shaped as the queries.
+      read_at: of which tokens of a row the layer's output is wanted; None: of all.
     """
 
     positions: Int[Array, "#batch length"]
     rotation: Rotation
     attend: Callable[[Array, Array, Array], Array]
+    read_at: Int[Array, "batch targets"] | None = None
+
+    def read(self, x: Hidden) -> Read:
+        """Returns the tokens whose output is wanted."""
+        return x if self.read_at is None else rows_at(x, self.read_at)
+
+
+def rows_at(x: Hidden, places: Int[Array, "batch targets"]) -> Read:
+    """Returns the features of some tokens of each row."""
+    return jnp.take_along_axis(x, places[..., None], axis=1)
 
 
 class SelfAttention(nnx.Module):
@@ -67,8 +79,8 @@ class SelfAttention(nnx.Module):
         inputs: AttentionInputs,
         cache: KVCache | None,
         layer: Int[Array, ""],
-    ) -> tuple[Hidden, KVCache | None]:
-        """Returns the attended values, and the cache with this layer's keys and values when one is given."""
+    ) -> tuple[Read, KVCache | None]:
+        """Returns the attended values where they are read, and the cache, if any, with this layer's keys and values."""
         batch, length, _ = x.shape
         split = (batch, length, -1, self.head_dim)
         query, key, value = (_kept(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
@@ -83,8 +95,8 @@ class SelfAttention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, inputs.positions, key, value)
             key, value = cache.keys[layer], cache.values[layer]
-        attended = inputs.attend(query, key, value)
-        return _kept(self.o_proj(attended.reshape(batch, length, -1))), cache
+        attended = inputs.read(inputs.attend(query, key, value).reshape(batch, length, -1))
+        return _kept(self.o_proj(attended)), cache
 
 
 class FeedForward(nnx.Module):
@@ -98,7 +110,7 @@ class FeedForward(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Read) -> Read:
         """Returns the transformed features."""
         # In float32 up to one rounding at the end: rounding every step, as bfloat16 would, costs more than the steps.
         gate, up = (_kept(projection(x)).astype(jnp.float32) for projection in (self.gate_proj, self.up_proj))
@@ -131,10 +143,11 @@ class DecoderLayer(nnx.Module):
         inputs: AttentionInputs,
         cache: KVCache | None,
         layer: Int[Array, ""],
-    ) -> tuple[Hidden, KVCache | None]:
-        """Returns the next residual stream, and the cache with this layer's keys and values when one is given."""
+    ) -> tuple[Read, KVCache | None]:
+        """Returns the residual stream where it is read, and the cache, if any, with this layer's keys and values."""
         normal = x if self.norms == "post" else self.input_layernorm(x)
         attended, cache = self.self_attn(normal, inputs, cache, layer)
+        x = inputs.read(x)
         if self.norms == "pre":
             x = self._add(x, attended)
             return self._add(x, self.mlp(self.post_attention_layernorm(x))), cache
@@ -142,5 +155,5 @@ class DecoderLayer(nnx.Module):
         normal = x if self.norms == "post" else self.pre_feedforward_layernorm(x)
         return self._add(x, self.post_feedforward_layernorm(self.mlp(normal))), cache
 
-    def _add(self, x: Hidden, change: Hidden) -> Hidden:
+    def _add(self, x: Read, change: Read) -> Read:
         return x + (change if self.residual_scale == 1 else self.residual_scale * change)

@@ -1,8 +1,8 @@
 """What one chip does and holds in one step: from the compiled program, or estimated where there is no compiler.
 
-XLA counts a loop's body once, whatever its trip count. So FLOPs and bytes come from the same step with one and with two
-layers written out: their difference is a layer, and every further layer costs that again. Memory and collectives are
-those of the whole program. A described GPU has no such count: there all of it is read in the whole program's text.
+XLA counts a loop's body once, whatever its trip count. So FLOPs and bytes are those of the step with one layer, and for
+every further layer the difference between one and two layers written out. Memory and collectives are those of the whole
+program. A described GPU has no such count: there all of it is read in the whole program's text.
 """
 
 import math
@@ -59,9 +59,11 @@ def compiled_work(workload: Workload, mesh: Mesh) -> Work:
     """
     compiled = lower(workload, mesh).compile()
     memory: Any = compiled.memory_analysis()
-    one, two = (_cost(lower(workload.part().shallow(layers), mesh, unroll=True)) for layers in (1, 2))
-    further = workload.config.num_layers - 1
-    flops, moved = (workload.accumulate * (a + further * (b - a)) for a, b in zip(one, two, strict=True))
+    part, further = workload.part(), workload.config.num_layers - 1
+    looped = _cost(lower(part.shallow(1), mesh))
+    one, two = (_cost(lower(part.shallow(layers), mesh, unroll=True)) for layers in (1, 2))
+    costs = zip(looped, one, two, strict=True)
+    flops, moved = (workload.accumulate * (first + further * (b - a)) for first, a, b in costs)
     return Work(
         flops=flops + kernel_flops(workload) / mesh.size,
         bytes_accessed=moved,

@@ -121,9 +121,11 @@ def test_nothing_but_the_elementwise_is_computed_twice(unroll, cublas):
     program = compiled(rows, length, targets, layers=4, unroll=unroll, cublas=cublas)
     text, config = program.as_text(), LLAMA
     width, kv = config.hidden_size, config.num_kv_heads * config.head_dim
-    frozen = 4 * (2 * width * (width + kv) + 3 * width * config.intermediate_size)
+    before, after = width * (width + 2 * kv), width * (width + 3 * config.intermediate_size)  # attention, in a layer
     adapters = 4 * 8 * (3 * width + kv)  # q: (n, r) and (r, n), v: (n, r) and (r, kv)
-    forward_and_back = 2 * (2 * rows * length * frozen + 2 * rows * targets * config.vocab_size * width)
+    # Written out, what follows the last layer's attention is computed for the predicted tokens alone.
+    everywhere, read = (4 * before + 3 * after, after) if unroll else (4 * (before + after), 0)
+    forward_and_back = 2 * 2 * rows * (length * everywhere + targets * (read + config.vocab_size * width))
     once = forward_and_back + 3 * 2 * rows * length * adapters
     assert 0.97 * once <= product_flops(text) <= 1.001 * once  # less: the first layer's x needs no gradient
     scores = 8 * config.num_heads * length**2 // 2  # causal

@@ -115,6 +115,38 @@ def test_remat_has_the_same_gradients():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients(False), gradients(True))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        MIXED,
+        {"norms": "post", "qk_norm": "projection"},
+        {"norms": "both", "residual_scale": 0.5, "remat": True},
+        {"num_layers": 1},
+    ],
+    ids=["mixed layers", "norms after", "norms around", "one layer"],
+)
+def test_what_is_read_of_the_last_layer_is_that_of_all_tokens(changes):
+    tokens, read_at = tiny.tokens(), jnp.array([[1, 8, 1], [0, 5, 7]])  # a token may be read twice, in any order
+
+    def loss_and_gradients(unroll, inside):
+        graph, params = nnx.split(tiny.decoder(**changes))
+
+        def loss(params):
+            model: Any = nnx.merge(graph, params)
+            model.unroll = unroll
+            hidden = model.hidden_states(tokens, read_at=read_at if inside else None)
+            read = hidden if inside else jnp.take_along_axis(hidden, read_at[..., None], axis=1)
+            return jnp.sin(read).sum(), read
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    expected = loss_and_gradients(unroll=False, inside=False)
+    assert expected[0][1].shape == (2, 3, 24)
+    for unroll in (False, True):
+        found = loss_and_gradients(unroll, inside=True)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
 def test_bfloat16_computation_keeps_float32_logits():
     tokens, reference = tiny.tokens(), tiny.call(tiny.decoder(), tiny.tokens())
     model = tiny.decoder(dtype=jnp.bfloat16)
