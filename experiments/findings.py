@@ -64,6 +64,7 @@ def details(results: Path) -> str:
             *_repeats(results),
             *_at_best_rates(results),
             *_scales(results),
+            _stops(results),
             _moved(results),
             *_small_decoder(results),
             "",
@@ -174,6 +175,26 @@ def _scales(results: Path) -> list[str]:
                 f"nats per token: {told}."
             )
     return sentences
+
+
+def _stops(results: Path) -> str:
+    """Returns how many matrices became stable with each λ, by rate, in each setting that was measured here."""
+    told = []
+    for group, by_cell in by_setting(results).items():
+        for lam in (*_LAMS, "λ = 0.02"):
+            runs = sorted(
+                (rate, line["stable_at"]) for (name, rate, seed), line in by_cell.items() if (name, seed) == (lam, 0)
+            )
+            shares = [(rate, [bool(step) for pair in steps.values() for step in pair]) for rate, steps in runs]
+            alike = itertools.groupby(shares, lambda share: (sum(share[1]), len(share[1])))
+            counts = ((count, total, [rate for rate, _ in each]) for (count, total), each in alike)
+            found = [f"{count} of {total} at η = {_span(rates)}" for count, total, rates in counts]
+            told += [f"{lam} ({group.name}, s = {group.scale:g}, {group.dtype}) {', '.join(found)}"] if found else []
+    return f"* How many matrices became stable within a run, so that the shrink stopped (seed 0): {'; '.join(told)}."
+
+
+def _span(rates: list[float]) -> str:
+    return f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
 
 
 def _moved(results: Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.running import tables
 from experiments.running.markdown import markdown
 from experiments.studies import pilot
-from experiments.studies.rates_tables import Grid, Group, beyond_the_pilot
+from experiments.studies.rates_tables import Grid, Group, beyond_the_pilot, by_setting
 from experiments.studies.valley import WIDE, Valley, valley
 from stable_lora_jax.evaluation import Estimate
 
@@ -49,6 +49,15 @@ def verdict(results: Path) -> str:
 
     moved, same = (np.concatenate(each) for each in zip(*at_half_the_rate(results).values(), strict=True))
     few = next(iter(grids["few"].values()))
+    lines = by_setting(results)
+    runs = [
+        line
+        for group, grid in grids["few"].items()
+        for lam in _LAMS
+        if lam in grid.best
+        for line in grid.records_of_best(lines[group], lam)
+    ]
+    steps = [step for run in runs for pair in run["stable_at"].values() for step in pair]
     high = pilot.at_rate(few.rates["AdamW"].index(_HIGH))
     shrunk, start, early = (
         pilot.told(pilot.compared(few.setting, high, method)[0]).removeprefix("-")
@@ -62,7 +71,9 @@ def verdict(results: Path) -> str:
         f"rate that is too high ({shrunk} nats with {DATA['few']} at η = {_HIGH:g}, "
         f"{tables.seeds_text(len(few.seeds))}), which a smaller start ({start}), stopping early ({early}) and a lower "
         f"rate buy too: over all rates of the three settings {TOLD} differs by {min(moved):+.3f} to {max(moved):+.3f} "
-        f"nats from AdamW at half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate.\n"
+        f"nats from AdamW at half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate. "
+        f"With {DATA['few']}, {np.count_nonzero(steps)} of {len(steps)} matrices became stable at the best rates of λ; "
+        "until then the shrink is a decay of A.\n"
     )
 
 

@@ -4,8 +4,8 @@ Question:  at each method's best learning rate, and over the whole grid, what do
            A₀ × 1/4 and decay on A, with few data and many passes, three passes, and fresh data, at s = 16 and at s = 2?
            Repeats the pilot (experiments.studies.pilot), with rates chosen on held-out questions.
 Command:   python -m experiments.studies.rates    (--settings few --scales 16 --seeds 1; --part, --ray, --together)
-Hardware:  2 CPU cores, 6 GB. Minutes: 6 to 30 per cell; a setting and scale has 72 per seed, 7 hours or
-           more. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1632, and their scoring.
+Hardware:  2 CPU cores, 6 GB. Minutes: 6 to 30 per cell; a setting and scale has 78 per seed, 8 hours or
+           more. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1768, and their scoring.
 Expected:  (2026-11-27, 2026-11-29, 2026-11-30) in LOG.md.
 Observed:  few data and, of three ways with one seed at s = 16, fresh data. Twelve cells of few repeat the pilot:
            AdamW's nats within 0.02, differences from it at the same rate within 0.023. AdamW's best rate is half the
@@ -61,6 +61,7 @@ METHODS: Mapping[str, tuple[dict[str, Any], float]] = {
     "λ = 0.0005": ({"method": "stable-lora", "lam": 0.0005}, 0.0),
     "λ = 0.002": ({"method": "stable-lora", "lam": 0.002}, 0.0),
     "λ = 0.005": ({"method": "stable-lora", "lam": 0.005}, 0.0),
+    "λ = 0.02": ({"method": "stable-lora", "lam": 0.02}, 0.0),
     "A₀ × 1/4": ({"method": "adamw", "a_scale": 0.25}, 0.0),
     "decay on A, 0.002 per step": ({"method": "adamw", "decay_only_a": True}, 0.002),
     "decay on A and B, 0.001 per step": ({"method": "adamw"}, 0.001),

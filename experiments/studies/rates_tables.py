@@ -21,7 +21,8 @@ least over the seeds. ± is half a 95 % interval over seeds and questions togeth
 alone; p values of a column are corrected (Holm). *Edge*: the best rate is the grid's first or last, so a better one may
 lie outside. Curves, choices and means are of the seeds that all methods have at every rate; a difference at the best
 rates is of those that the method and AdamW have there. A method that was given other rates than AdamW has a grid of its
-own, and no mean to compare.
+own, and no mean to compare. *Stable*: of the matrices of all seeds at the best rate, how many became stable, so that
+the shrink of A stopped, and the median step.
 """
 BESIDE = """\
 *Beside the pilot*: each cell that was measured here, and the pilot's own number. *Minus AdamW*: at the same rate, ±
@@ -29,8 +30,15 @@ half a 95 % interval, of one seed over the questions alone, else over seeds and 
 """
 # Settings of the pilot, by the names that they have here, and their steps; its s is 16.
 PILOT = {"few": ("few", 500), "passes": ("arc3", 750), "fresh": ("fresh", 500)}
-# A method looks alike in every column, and in the pilot's figure. The last four are not drawn there.
-_COLOURS = {**pilot.METHODS, pilot.EARLY: "C3", "lora-plus": "C4", "riemannian": "C6", "lora-rite": "black"}
+# A method looks alike in every column, and in the pilot's figure. The last five are not drawn there.
+_COLOURS = {
+    **pilot.METHODS,
+    "λ = 0.02": "gold",
+    pilot.EARLY: "C3",
+    "lora-plus": "C4",
+    "riemannian": "C6",
+    "lora-rite": "black",
+}
 OWN_RATES = 5  # that a method's grid has at least, if it is not AdamW's
 CellKey: TypeAlias = tuple[str, float, int]  # method, rate, seed
 
@@ -150,6 +158,10 @@ class Grid(NamedTuple):
         differences = np.stack([adamw[seed] - ours[seed] for seed in self.seeds_at_best(method)])
         return seeds_and_questions(differences, self.setting.tokens)
 
+    def records_of_best(self, by_cell: Mapping[CellKey, Record], method: str) -> list[Record]:
+        """Returns a method's lines at its best rate."""
+        return [by_cell[method, self.of_best(method), seed] for seed in self.at_best[method]]
+
     def is_edge(self, method: str) -> bool:
         """Returns whether the best rate is the grid's first or last, so that a better one may lie outside."""
         return self.best[method] in (0, len(self.rates[method]) - 1)
@@ -229,10 +241,11 @@ def over_rates(title: str, by_cell: Mapping[CellKey, Record]) -> tuple[str, Curv
                 p,
                 *means.get(name, ("-", "-")),
                 valley(setting.log_p[name], tokens, rates),
+                tables.stable_share(grid.records_of_best(by_cell, name)),
             )
         )
     header = ("nats per token", *(f"η = {rate:g}" for rate in every), "chosen η", "at the best rate, minus AdamW", "p")
-    header += ("mean of the rates, minus AdamW", "p", GOOD_RATES)
+    header += ("mean of the rates, minus AdamW", "p", GOOD_RATES, "stable")
     over_steps = {
         rate: np.mean([by_cell[pilot.EARLY, rate, seed]["held_out_curve"] for seed in grid.seeds], axis=0).T
         for rate in grid.rates.get(pilot.EARLY, ())

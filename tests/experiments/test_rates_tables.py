@@ -25,6 +25,8 @@ def lines_of(setting, rates, seeds):
             "log_p": setting.log_p[method][i, seed],
             "tokens": setting.tokens,
             "held_out_nll": nats[method][i, seed],
+            "train": {"method": "stable-lora" if method == "λ = 0.002" else "adamw"},
+            "stable_at": {"q": [0, 7 * i + seed]},
         }
         for method in METHODS
         for i in rates
@@ -66,6 +68,7 @@ def test_methods_without_every_rate_are_left_out(few):
     adamw, shrunk = rows_of(text)
     assert adamw[1:5] == ["2.502", "2.736", "3.217", "6.25e-05 (edge)"]
     assert shrunk[1:5] == ["2.529", "2.552", "2.790", "6.25e-05 (edge)"]
+    assert (adamw[-1], shrunk[-1]) == ("-", "2 of 6, step 1")  # of three seeds, at the best rate
 
 
 def test_more_seeds_at_the_best_rates_count_there_alone(few):
@@ -90,6 +93,8 @@ def test_a_method_may_have_rates_of_its_own(few):
             "log_p": few.log_p["rate of B × 4"][i, seed],
             "tokens": few.tokens,
             "held_out_nll": few.nats("rate of B × 4")[i, seed],
+            "train": {"method": "lora-plus"},
+            "stable_at": {"q": [0, 0]},
         }
         for i, rate in enumerate(pilot.RATES)
         for seed in range(3)
