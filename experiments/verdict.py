@@ -16,9 +16,10 @@ from stable_lora_jax.evaluation import Estimate
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
 _START = "A₀ × 1/4"
 TOLD = "λ = 0.002"  # the λ whose whole curve is told
+_STOPPED = "λ = 0.02"  # one whose stop rule acts within a run
 _DECAY = "decay on A, 0.002 per step"
 _SLOW_B = "rate of B × 1/4"
-_ROWS = ("AdamW", *_LAMS, _START, _DECAY, _SLOW_B, pilot.EARLY, "lora-plus", "riemannian", "lora-rite")
+_ROWS = ("AdamW", *_LAMS, _STOPPED, _START, _DECAY, _SLOW_B, pilot.EARLY, "lora-plus", "riemannian", "lora-rite")
 _HIGH = 2.5e-4  # a rate that is too high with few data
 DATA: Mapping[str, str] = {  # of the pilot's settings
     "few": "few data and many passes",
@@ -49,15 +50,6 @@ def verdict(results: Path) -> str:
 
     moved, same = (np.concatenate(each) for each in zip(*at_half_the_rate(results).values(), strict=True))
     few = next(iter(grids["few"].values()))
-    lines = by_setting(results)
-    runs = [
-        line
-        for group, grid in grids["few"].items()
-        for lam in _LAMS
-        if lam in grid.best
-        for line in grid.records_of_best(lines[group], lam)
-    ]
-    steps = [step for run in runs for pair in run["stable_at"].values() for step in pair]
     high = pilot.at_rate(few.rates["AdamW"].index(_HIGH))
     shrunk, start, early = (
         pilot.told(pilot.compared(few.setting, high, method)[0]).removeprefix("-")
@@ -72,9 +64,21 @@ def verdict(results: Path) -> str:
         f"{tables.seeds_text(len(few.seeds))}), which a smaller start ({start}), stopping early ({early}) and a lower "
         f"rate buy too: over all rates of the three settings {TOLD} differs by {min(moved):+.3f} to {max(moved):+.3f} "
         f"nats from AdamW at half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate. "
-        f"With {DATA['few']}, {np.count_nonzero(steps)} of {len(steps)} matrices became stable at the best rates of λ; "
-        "until then the shrink is a decay of A.\n"
+        f"With {DATA['few']}, {_stable(results, grids['few'], _LAMS)} matrices of these λ became stable at their best "
+        "rates, and the others' A decayed until the end; "
+        f"with {_STOPPED}, {_stable(results, grids['few'], [_STOPPED])} did, and it is "
+        f"{_told(*judged['few'].gains[_STOPPED])} nats from AdamW, each at its best.\n"
     )
+
+
+def _stable(results: Path, grids: Mapping[Group, Grid], lams: Sequence[str]) -> str:
+    """Returns how many matrices became stable in the runs of some λ at their best rates."""
+    lines, steps = by_setting(results), []
+    for group, grid in grids.items():
+        for lam in set(lams) & set(grid.best):
+            runs = grid.records_of_best(lines[group], lam)
+            steps += [step for run in runs for pair in run["stable_at"].values() for step in pair]
+    return f"{np.count_nonzero(steps)} of {len(steps)}"
 
 
 def table(results: Path) -> str:

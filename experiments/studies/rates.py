@@ -12,7 +12,9 @@ Observed:  few data and, of three ways with one seed at s = 16, fresh data. Twel
            pilot's lowest: each at its best, of four seeds, λ = 0.0005 is level with it, A₀ × 1/4 and AdamW stopped
            early are 0.012 better; of three, λ = 0.002 is 0.037 worse. At every rate λ = 0.002 is 0.036 to 0.066 worse
            than AdamW at half that rate. At s = 2, one seed in bfloat16, AdamW's nats are those of s = 16 at a quarter
-           of the rate, within 0.010; λ = 0.002 is level with AdamW there, A₀ × 1/4 0.013 better. With fresh data
+           of the rate, within 0.010 but at the highest (0.044); λ = 0.002 is level with AdamW there, A₀ × 1/4 0.013
+           better. λ up to 0.005 shrinks A until the end of few, as hardly a matrix becomes stable; with λ = 0.02
+           all do by step 240, and it is 0.006 better than AdamW (s = 16, one seed, bfloat16). With fresh data
            all best rates are 0.001, the end of the pilot's grid; there λ = 0.005 is 0.009 better, A₀ × 1/4 level.
 
 LoRA r = 8 on q and v, 8 questions per step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
