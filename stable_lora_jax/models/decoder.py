@@ -170,7 +170,7 @@ class Decoder(nnx.Module):
         # In a loop the last layer would need a copy of the others' weights, and a compilation of its own.
         inside = read_at if self.unroll and read_at is not None and read_at.shape[1] < length else None
         hidden, _ = self._run(tokens, positions, visible, causal, positions, None, documents, inside, splash=splash)
-        return hidden if read_at is inside else rows_at(hidden, read_at)
+        return hidden if read_at is None or inside is not None else rows_at(hidden, read_at)
 
     def extend(
         self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: KVCache
