@@ -5,8 +5,8 @@ Question:  of a step of Llama-3.2-1B, how many FLOPs and bytes does a loop over 
 Command:   make unrolling       (needs the CUDA plugin, no GPU)
 Hardware:  2 CPU cores. Minutes: 6.
 Observed:  (2026-11-30) the loop moves 22 to 29 GB more, a quarter to a third, which is 6 to 9 ms of an H100's memory,
-           and computes 1.6 to 1.9 TFLOP more, the last layer's for tokens that are not read; with cuBLAS and jax 0.11
-           another 10. Written out, compiling takes 2 to 3 times as long.
+           and computes 1.7 to 1.8 TFLOP more, mostly the last layer's for tokens that are not read; with cuBLAS and
+           jax 0.11 another 10. Written out, compiling takes 2 to 3 times as long.
 
 The real step, bfloat16 base, LoRA r = 8 on q and v, 128 predicted tokens per row. A described card has no autotuning,
 so XLA takes its own kernels for all products; with a card it may take cuBLAS. Both are compiled. No time is measured.

@@ -7,15 +7,15 @@ Command:   python -m experiments.studies.rates    (--settings few --scales 16 --
 Hardware:  2 CPU cores, 6 GB. Minutes: 6 to 30 per cell; a setting and scale has 78 per seed, 8 hours or
            more. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1768, and their scoring.
 Expected:  (2026-11-27, 2026-11-29, 2026-11-30) in LOG.md.
-Observed:  few data and, of three ways with one seed at s = 16, fresh data. Twelve cells of few repeat the pilot:
-           AdamW's nats within 0.02, differences from it at the same rate within 0.023. AdamW's best rate is half the
+Observed:  few data and, of three ways with one seed at s = 16, fresh data. Eighteen cells of few repeat the pilot:
+           AdamW's nats within 0.021, differences from it at the same rate within 0.027. AdamW's best rate is half the
            pilot's lowest: each at its best, of four seeds, λ = 0.0005 is level with it, A₀ × 1/4 and AdamW stopped
            early are 0.012 better; of three, λ = 0.002 is 0.037 worse. At every rate λ = 0.002 is 0.036 to 0.066 worse
            than AdamW at half that rate. At s = 2, one seed in bfloat16, AdamW's nats are those of s = 16 at a quarter
            of the rate, within 0.010 but at the highest (0.044); λ = 0.002 is level with AdamW there, A₀ × 1/4 0.013
-           better. λ up to 0.005 shrinks A until the end of few, as hardly a matrix becomes stable; with λ = 0.02
-           all do by step 240, and it is 0.006 better than AdamW (s = 16, one seed, bfloat16). With fresh data
-           all best rates are 0.001, the end of the pilot's grid; there λ = 0.005 is 0.009 better, A₀ × 1/4 level.
+           better. λ up to 0.005 shrinks most of A until the end at its best rates (37 of 480 matrices of few become
+           stable, s = 16); with λ = 0.02 all do by step 240, and it is 0.006 better than AdamW (one seed, bfloat16).
+           With fresh data all best rates are 0.001, the end of the pilot's grid; there λ = 0.005 is 0.009 better, A₀ × 1/4 level.
 
 LoRA r = 8 on q and v, 8 questions per step, cosine after 3 % warm-up, clip 1, loss on the right answer. Stopped
 early: of ten validations, the adapter with the least held-out nats. Decay is per step at the peak rate: a weight decay
