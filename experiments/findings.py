@@ -13,7 +13,7 @@ from experiments.studies import pilot, small_decoder_tables, targets
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
 from experiments.studies.rates_tables import Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
-from experiments.verdict import DATA, TOLD, at_half_the_rate
+from experiments.verdict import DATA, STOPPED, TOLD, at_half_the_rate
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 from stable_lora_jax.training import read_metrics
 
@@ -181,7 +181,7 @@ def _stops(results: Path) -> str:
     """Returns how many matrices became stable with each λ, by rate, in each setting that was measured here."""
     told = []
     for group, by_cell in by_setting(results).items():
-        for lam in (*_LAMS, "λ = 0.02"):
+        for lam in (*_LAMS, STOPPED):
             runs = sorted(
                 (rate, line["stable_at"]) for (name, rate, seed), line in by_cell.items() if (name, seed) == (lam, 0)
             )

@@ -16,10 +16,10 @@ from stable_lora_jax.evaluation import Estimate
 _LAMS = ("λ = 0.0005", "λ = 0.002", "λ = 0.005")
 _START = "A₀ × 1/4"
 TOLD = "λ = 0.002"  # the λ whose whole curve is told
-_STOPPED = "λ = 0.02"  # one whose stop rule acts within a run
+STOPPED = "λ = 0.02"  # one whose stop rule acts within a run
 _DECAY = "decay on A, 0.002 per step"
 _SLOW_B = "rate of B × 1/4"
-_ROWS = ("AdamW", *_LAMS, _STOPPED, _START, _DECAY, _SLOW_B, pilot.EARLY, "lora-plus", "riemannian", "lora-rite")
+_ROWS = ("AdamW", *_LAMS, STOPPED, _START, _DECAY, _SLOW_B, pilot.EARLY, "lora-plus", "riemannian", "lora-rite")
 _HIGH = 2.5e-4  # a rate that is too high with few data
 DATA: Mapping[str, str] = {  # of the pilot's settings
     "few": "few data and many passes",
@@ -66,8 +66,8 @@ def verdict(results: Path) -> str:
         f"nats from AdamW at half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate. "
         f"With {DATA['few']}, {_stable(results, grids['few'], _LAMS)} matrices of these λ became stable at their best "
         "rates, and the others' A decayed until the end; "
-        f"with {_STOPPED}, {_stable(results, grids['few'], [_STOPPED])} did, and it is "
-        f"{_told(*judged['few'].gains[_STOPPED])} nats from AdamW, each at its best.\n"
+        f"with {STOPPED}, {_stable(results, grids['few'], [STOPPED])} did, and it is "
+        f"{_told(*judged['few'].gains[STOPPED])} nats from AdamW, each at its best.\n"
     )
 
 

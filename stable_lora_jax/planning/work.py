@@ -60,7 +60,7 @@ def compiled_work(workload: Workload, mesh: Mesh) -> Work:
     compiled = lower(workload, mesh).compile()
     memory: Any = compiled.memory_analysis()
     part, further = workload.part(), workload.config.num_layers - 1
-    looped = _cost(lower(part.shallow(1), mesh))
+    looped = _cost(lower(part.shallow(1), mesh))  # written out, the last layer does less
     one, two = (_cost(lower(part.shallow(layers), mesh, unroll=True)) for layers in (1, 2))
     costs = zip(looped, one, two, strict=True)
     flops, moved = (workload.accumulate * (first + further * (b - a)) for first, a, b in costs)
