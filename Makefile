@@ -11,6 +11,8 @@ OUT := runs/demo
 PIP_INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # And what is compiled is kept, whatever the shell says: without it imports are a third of make check.
 unexport PYTHONDONTWRITEBYTECODE
+# XLA on a CPU takes a step's buffers from the system anew; in large pages that is a few faults instead of thousands.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: environments demo check fast-tests test test-tunix test-tpu test-gpu-compile lint docs docs-serve
 .PHONY: bench bench-gpu bench-optimizers bench-sweep quantize plan unrolling results clean

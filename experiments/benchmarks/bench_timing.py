@@ -59,5 +59,10 @@ def peft_logits(model: Any, tokens: Any, predicted: int, **options: Any) -> Any:
     return causal.lm_head(hidden.flatten(0, 1)).float()
 
 
+def page_faults() -> int:
+    """Returns how often this process has touched memory that the system had yet to hand out."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

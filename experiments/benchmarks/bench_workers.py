@@ -14,6 +14,7 @@ from experiments.benchmarks.bench_timing import (
     FROZEN_LAYER_WEIGHTS,
     VOCABULARY,
     answer_batch,
+    page_faults,
     peak_gigabytes,
     peft_logits,
     random_rows,
@@ -58,13 +59,14 @@ def ours(length: int, dtype: str, steps: int) -> dict[str, Any]:
         nonlocal state
         state, _ = jax.block_until_ready(step(state, frozen, batch))
 
-    seconds = timed(advance, steps)
-    peak = peak_gigabytes()
+    before, seconds = page_faults(), timed(advance, steps)
+    faults, peak = page_faults() - before, peak_gigabytes()
     updates = [update_seconds(tx, adapters) for tx in (adamw, optimizer)]
     return {
         "seconds": seconds,
         "compile_seconds": round(first - float(np.median(seconds)), 3),
         "peak_gigabytes": round(peak, 3),
+        "page_faults": faults / (steps + 1),
         "floor_seconds": round(frozen_flops(length) / product_rate(BATCH * length, width), 4),
         "adamw_update_seconds": updates[0],
         "shrink_seconds": updates[1] - updates[0],

@@ -1,27 +1,36 @@
 """The harness of the benchmarks: a contender measures in a process of its own, and the file is written after each."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.running.provenance import commit, machine
 
+# The C library asks for pages of 2 MB for large buffers, where Linux offers them; else of 4 kB.
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+SMALL_PAGES = {"GLIBC_TUNABLES": ""}
 
-def measured_by(module: str, options: Sequence[str], python: str = sys.executable) -> dict[str, Any]:
+
+def measured_by(
+    module: str, options: Sequence[str], python: str = sys.executable, environment: Mapping[str, str] = LARGE_PAGES
+) -> dict[str, Any]:
     """Returns the line of JSON that a module prints last, run in a process whose memory and threads are its own.
 
     Args:
       module: what `python -m` runs.
       options: its command-line options.
       python: the interpreter; another environment's for contenders on torch.
+      environment: variables that the process gets beside this one's.
 
     Raises:
       subprocess.CalledProcessError: it failed; its own error is on the terminal.
     """
-    done = subprocess.run([python, "-m", module, *options], check=True, text=True, stdout=subprocess.PIPE)
+    command = [python, "-m", module, *options]
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env={**os.environ, **environment})
     return json.loads(done.stdout.splitlines()[-1])
 
 
