@@ -40,8 +40,8 @@ METHODS = {
     "A₀ × 1/16": "C6",
     "decay on A, 0.002 per step": "C8",
     "decay on A and B, 0.001 per step": "C9",
-    "rate of B × 4": "0.3",
-    "rate of B × 1/4": "0.6",
+    "rate of B × 4": "black",
+    "rate of B × 1/4": "deeppink",
 }
 EARLY = "AdamW, stopped early"
 RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)

@@ -36,7 +36,7 @@ _COLOURS = {
     "λ = 0.02": "gold",
     pilot.EARLY: "C3",
     "lora-plus": "C4",
-    "riemannian": "C6",
+    "riemannian": "navy",
     "lora-rite": "black",
 }
 OWN_RATES = 5  # that a method's grid has at least, if it is not AdamW's
