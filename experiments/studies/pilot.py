@@ -40,7 +40,7 @@ METHODS = {
     "A₀ × 1/16": "C6",
     "decay on A, 0.002 per step": "C8",
     "decay on A and B, 0.001 per step": "C9",
-    "rate of B × 4": "black",
+    "rate of B × 4": "0.3",
     "rate of B × 1/4": "deeppink",
 }
 EARLY = "AdamW, stopped early"
