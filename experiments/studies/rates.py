@@ -7,7 +7,7 @@ Command:   python -m experiments.studies.rates    (--settings few --scales 16 --
 Hardware:  2 CPU cores, 6 GB. Minutes: 6 to 30 per cell; a setting and scale has 78 per seed, 8 hours or
            more. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1768, and their scoring.
 Expected:  (2026-11-27, 2026-11-29, 2026-11-30) in LOG.md.
-Observed:  few data and, of three ways with one seed at s = 16, fresh data. Eighteen cells of few repeat the pilot:
+Observed:  few data and, of three ways with one seed at s = 16, fresh data. 21 cells of few repeat the pilot:
            AdamW's nats within 0.021, differences from it at the same rate within 0.027. AdamW's best rate is half the
            pilot's lowest: each at its best, of four seeds, λ = 0.0005 is level with it, A₀ × 1/4 and AdamW stopped
            early are 0.012 better; of three, λ = 0.002 is 0.037 worse. At every rate λ = 0.002 is 0.036 to 0.066 worse
