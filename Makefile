@@ -11,7 +11,7 @@ OUT := runs/demo
 PIP_INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # And what is compiled is kept, whatever the shell says: without it imports are a third of make check.
 unexport PYTHONDONTWRITEBYTECODE
-# XLA on a CPU takes a step's buffers from the system anew; in large pages that is a few faults instead of thousands.
+# XLA on a CPU takes a step's buffers from the system anew; with large pages it waits for few page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: environments demo check fast-tests test test-tunix test-tpu test-gpu-compile lint docs docs-serve

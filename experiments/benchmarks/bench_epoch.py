@@ -17,6 +17,7 @@ have: what is measured is a first run.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.benchmarks.in_turns import measured_by, write
+from experiments.benchmarks.in_turns import LARGE_PAGES, measured_by, write
 from experiments.running.markdown import markdown
 from experiments.running.provenance import versions
 
@@ -106,7 +107,10 @@ def options_of(config: BenchConfig) -> dict[str, Any]:
 def run_of_first_version(config: BenchConfig) -> dict[str, Any]:
     """Returns the same of a run of the first version, with the interpreter and libraries of this one."""
     command = [sys.executable, "-c", FIRST_VERSION, json.dumps(options_of(config))]
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, cwd=config.first_version)
+    environment = {**os.environ, **LARGE_PAGES}
+    done = subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE, cwd=config.first_version, env=environment
+    )
     return json.loads(done.stdout.splitlines()[-1]) | {"versions": versions("jax", "flax", "optax")}
 
 

@@ -4,7 +4,7 @@ Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW + the shrink, batch 8, row
            last 8 are answers, float32 and bfloat16 base: how long is a step, what compiles, how much memory, and what
            does the shrink cost?
 Command:   make bench        (or python -m experiments.benchmarks.bench_train --torch-python PATH; without it, no PEFT)
-Hardware:  2 CPU cores with nothing else running. Minutes: about 35.
+Hardware:  2 CPU cores with nothing else running. Minutes: about 50.
 Observed:  faster than the bare step, by 9 to 18 %. On an EPYC of the Zen 4 generation it is 1.00 and 0.97 times as fast
            as the faster peer in float32, 1.01 and 1.00 times in bfloat16, and takes 1.4 and 1.6 to 1.7 times the
            matrix products' floor; on one without AVX-512 it was 1.04 and 1.12 times as fast in float32.
@@ -102,7 +102,7 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Returns the README's table."""
     header = ("processor", "base", "length", "ours, s", "in 4 kB pages, s", "bare JAX, s", "PEFT on torch, s")
-    header += ("compiled, s", "in 4 kB pages, s")
+    header += ("compiled, s", "compiled, in 4 kB pages, s")
     header += ("the faster / ours", "floor in XLA, s", "ours / floor", "floor in torch, s", "compile, s", "memory, GB")
     rows = []
     for cell in result["cells"]:
