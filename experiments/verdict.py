@@ -49,26 +49,50 @@ def verdict(results: Path) -> str:
         return f"{min(found):+.3f} to {max(found):+.3f}"
 
     moved, same = (np.concatenate(each) for each in zip(*at_half_the_rate(results).values(), strict=True))
-    few = next(iter(grids["few"].values()))
-    high = pilot.at_rate(few.rates["AdamW"].index(_HIGH))
-    shrunk, start, early = (
-        pilot.told(pilot.compared(few.setting, high, method)[0]).removeprefix("-")
-        for method in (TOLD, _START, pilot.EARLY)
-    )
     return (
         "With every method at its best learning rate (SmolLM2-135M, s = 16), the right answers' nats per token differ "
         "from AdamW's by "
         f"{span(*_LAMS)} with λ of 0.0005 to 0.005 (negative is better), by {span(_START)} with a start of a quarter "
-        f"of the size, and by {span(pilot.EARLY)} with AdamW stopped early. What the shrink buys is robustness to a "
-        f"rate that is too high ({shrunk} nats with {DATA['few']} at η = {_HIGH:g}, "
-        f"{tables.seeds_text(len(few.seeds))}), which a smaller start ({start}), stopping early ({early}) and a lower "
-        f"rate buy too: over all rates of the three settings {TOLD} differs by {min(moved):+.3f} to {max(moved):+.3f} "
-        f"nats from AdamW at half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate. "
-        f"With {DATA['few']}, {_stable(results, grids['few'], _LAMS)} matrices of these λ became stable at their best "
-        "rates, and the others' A decayed until the end; "
-        f"with {STOPPED}, {_stable(results, grids['few'], [STOPPED])} did, and it is "
-        f"{_told(*judged['few'].gains[STOPPED])} nats from AdamW, each at its best.\n"
+        f"of the size, and by {span(pilot.EARLY)} with AdamW stopped early. {_robustness(grids.get('few', {}))}: over "
+        f"all rates of the three settings {TOLD} differs by {min(moved):+.3f} to {max(moved):+.3f} nats from AdamW at "
+        f"half its rate, and by {min(same):+.3f} to {max(same):+.3f} from AdamW at the same rate."
+        f"{_stopping(results, judged['few'], grids.get('few', {}))}\n"
     )
+
+
+def _robustness(few: Mapping[Group, Grid]) -> str:
+    """Returns what is gained at a rate that is too high, in numbers if few data were measured again at it."""
+    methods, told, where = (TOLD, _START, pilot.EARLY), {}, ""
+    for grid in few.values():
+        if not told and set(methods) <= set(grid.best) and _HIGH in grid.rates["AdamW"]:
+            high = pilot.at_rate(grid.rates["AdamW"].index(_HIGH))
+            told = {name: pilot.told(pilot.compared(grid.setting, high, name)[0]).removeprefix("-") for name in methods}
+            where = f" nats with {DATA['few']} at η = {_HIGH:g}, {tables.seeds_text(len(grid.seeds))}"
+
+    def gain(method: str, where: str = "") -> str:
+        return f" ({told[method]}{where})" if told else ""
+
+    return (
+        f"What the shrink buys is robustness to a rate that is too high{gain(TOLD, where)}, which a smaller start"
+        f"{gain(_START)}, stopping early{gain(pilot.EARLY)} and a lower rate buy too"
+    )
+
+
+def _stopping(results: Path, judged: Judged, few: Mapping[Group, Grid]) -> str:
+    """Returns in how many matrices the stop rule acted, of the λ that were tried with few data."""
+    told = ""
+    if any(set(_LAMS) & set(grid.best) for grid in few.values()):
+        told = (
+            f" With {DATA['few']}, {_stable(results, few, _LAMS)} matrices of these λ became stable at their best "
+            "rates, and the others' A decayed until the end"
+        )
+        if any(STOPPED in grid.best for grid in few.values()):
+            told += (
+                f"; with {STOPPED}, {_stable(results, few, [STOPPED])} did, and it is "
+                f"{_told(*judged.gains[STOPPED])} nats from AdamW, each at its best"
+            )
+        told += "."
+    return told
 
 
 def _stable(results: Path, grids: Mapping[Group, Grid], lams: Sequence[str]) -> str:

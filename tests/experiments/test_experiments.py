@@ -1,10 +1,11 @@
 """Every experiment from end to end on a tiny model; what is committed is what the lines say."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from experiments import make_results
+from experiments import make_results, verdict
 from experiments.studies import ablation
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,3 +46,16 @@ def test_committed_tables_are_those_of_the_committed_lines(tmp_path):
         assert make_results.filled(text, blocks) == text, "run make results"
         used |= {name for name in blocks if f"<!-- {name}: made by" in text}
     assert used == set(blocks)
+
+
+def test_verdict_of_a_study_begun_again_is_the_pilots(tmp_path):
+    results = ROOT / "experiments" / "results"
+    (tmp_path / "pilot").symlink_to(results / "pilot")
+    lines = (results / "rates.jsonl").read_text().splitlines(keepends=True)
+    begun = [line for line in lines if json.loads(line)["train"]["method"]["name"] == "adamw"]
+    whole, numbers = verdict.verdict(results), ("nats with few data and many passes", "became stable")
+    for kept, there in ((lines, True), (begun, False)):
+        (tmp_path / "rates.jsonl").write_text("".join(kept))
+        text = verdict.verdict(tmp_path)
+        assert (text == whole) == there
+        assert [number in text for number in numbers] == [there, there]
