@@ -7,16 +7,16 @@ Command:   python -m experiments.studies.rates    (--settings few --scales 16 --
 Hardware:  2 CPU cores, 6 GB. Minutes: 6 to 30 per cell; a setting and scale has 78 per seed, 8 hours or
            more. One H100 with --together 60: by the pilot's 60 per minute 30 for all 1768, and their scoring.
 Expected:  (2026-11-27, 2026-11-29, 2026-11-30) in LOG.md.
-Observed:  few data and, of three ways with one seed at s = 16, fresh data. 21 cells of few repeat the pilot:
+Observed:  few data and, of three ways with one seed at s = 16, fresh data. 24 cells of few repeat the pilot:
            AdamW's nats within 0.021, differences from it at the same rate within 0.027. AdamW's best rate is half the
            pilot's lowest: each at its best, of four seeds, λ = 0.0005 is level with it, A₀ × 1/4 and AdamW stopped
            early are 0.012 better; of three, λ = 0.002 is 0.037 worse. At every rate λ = 0.002 is 0.036 to 0.066 worse
            than AdamW at half that rate. At s = 2, one seed in bfloat16, AdamW's nats are those of s = 16 at a quarter
            of the rate, within 0.010 but at the highest (0.044); λ = 0.002 is level with AdamW there, A₀ × 1/4 0.013
            better. λ up to 0.005 shrinks most of A until the end at its best rates (37 of 480 matrices of few become
-           stable, s = 16); with λ = 0.02 all do by step 240, and it is 0.006 better than AdamW (one seed, bfloat16).
-           In that grid a quarter of B's rate is 0.012 better and LoRA+ level; Riemannian is 0.013 worse, as held-out
-           questions chose twice AdamW's rate for it. LoRA-RITE, at four rates, is 0.006 worse.
+           stable, s = 16); with λ = 0.02 all do by step 240, and it is level with AdamW, 0.004 ± 0.004 better (three
+           seeds, bfloat16). In that grid a quarter of B's rate is 0.010 better (two seeds); of one seed LoRA+, LoRA-RITE and
+           decay on A are level; Riemannian is 0.013 worse, as held-out questions chose twice AdamW's rate for it.
            With fresh data all best rates are 0.001, the end of the pilot's grid; there λ = 0.005 is 0.009 better,
            A₀ × 1/4 level.
 
