@@ -15,8 +15,9 @@ Observed:  few data and, of three ways with one seed at s = 16, fresh data. 24 c
            of the rate, within 0.010 but at the highest (0.044); λ = 0.002 is level with AdamW there, A₀ × 1/4 0.013
            better. λ up to 0.005 shrinks most of A until the end at its best rates (37 of 480 matrices of few become
            stable, s = 16); with λ = 0.02 all do by step 240, and it is level with AdamW, 0.004 ± 0.004 better (three
-           seeds, bfloat16). In that grid a quarter of B's rate is 0.010 better (two seeds); of one seed LoRA+, LoRA-RITE and
-           decay on A are level; Riemannian is 0.013 worse, as held-out questions chose twice AdamW's rate for it.
+           seeds, bfloat16). In that grid a quarter of B's rate is 0.010 better (two seeds); of one seed LoRA+,
+           LoRA-RITE and decay on A are level; Riemannian is 0.013 worse, as held-out questions chose
+           twice AdamW's rate for it.
            With fresh data all best rates are 0.001, the end of the pilot's grid; there λ = 0.005 is 0.009 better,
            A₀ × 1/4 level.
 
