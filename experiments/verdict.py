@@ -63,11 +63,11 @@ def verdict(results: Path) -> str:
 def _robustness(few: Mapping[Group, Grid]) -> str:
     """Returns what is gained at a rate that is too high, in numbers if few data were measured again at it."""
     methods, told, where = (TOLD, _START, pilot.EARLY), {}, ""
-    for grid in few.values():
-        if not told and set(methods) <= set(grid.best) and _HIGH in grid.rates["AdamW"]:
-            high = pilot.at_rate(grid.rates["AdamW"].index(_HIGH))
-            told = {name: pilot.told(pilot.compared(grid.setting, high, name)[0]).removeprefix("-") for name in methods}
-            where = f" nats with {DATA['few']} at η = {_HIGH:g}, {tables.seeds_text(len(grid.seeds))}"
+    whole = [grid for grid in few.values() if set(methods) <= set(grid.best) and _HIGH in grid.rates["AdamW"]]
+    for grid in whole[:1]:
+        high = pilot.at_rate(grid.rates["AdamW"].index(_HIGH))
+        told = {name: pilot.told(pilot.compared(grid.setting, high, name)[0]).removeprefix("-") for name in methods}
+        where = f" nats with {DATA['few']} at η = {_HIGH:g}, {tables.seeds_text(len(grid.seeds))}"
 
     def gain(method: str, where: str = "") -> str:
         return f" ({told[method]}{where})" if told else ""
@@ -80,19 +80,18 @@ def _robustness(few: Mapping[Group, Grid]) -> str:
 
 def _stopping(results: Path, judged: Judged, few: Mapping[Group, Grid]) -> str:
     """Returns in how many matrices the stop rule acted, of the λ that were tried with few data."""
-    told = ""
-    if any(set(_LAMS) & set(grid.best) for grid in few.values()):
-        told = (
-            f" With {DATA['few']}, {_stable(results, few, _LAMS)} matrices of these λ became stable at their best "
-            "rates, and the others' A decayed until the end"
+    if not any(set(_LAMS) & set(grid.best) for grid in few.values()):
+        return ""
+    told = (
+        f" With {DATA['few']}, {_stable(results, few, _LAMS)} matrices of these λ became stable at their best "
+        "rates, and the others' A decayed until the end"
+    )
+    if any(STOPPED in grid.best for grid in few.values()):
+        told += (
+            f"; with {STOPPED}, {_stable(results, few, [STOPPED])} did, and it is "
+            f"{_told(*judged.gains[STOPPED])} nats from AdamW, each at its best"
         )
-        if any(STOPPED in grid.best for grid in few.values()):
-            told += (
-                f"; with {STOPPED}, {_stable(results, few, [STOPPED])} did, and it is "
-                f"{_told(*judged.gains[STOPPED])} nats from AdamW, each at its best"
-            )
-        told += "."
-    return told
+    return f"{told}."
 
 
 def _stable(results: Path, grids: Mapping[Group, Grid], lams: Sequence[str]) -> str:
