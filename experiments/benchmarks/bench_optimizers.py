@@ -214,8 +214,8 @@ def medians(contenders: dict[str, Iterator[None]], rounds: int, updates: int) ->
 def step_milliseconds() -> float:
     """Returns the length of the shortest training step measured: SmolLM2-135M, base in bfloat16, batch 8, length 64."""
     cells = json.loads(TRAIN.read_text())["cells"]
-    (cell,) = (cell for cell in cells if (cell["dtype"], cell["length"]) == ("bfloat16", 64))
-    return 1e3 * cell["ours"]["median_seconds"]
+    shortest = [cell["ours"] for cell in cells if (cell["dtype"], cell["length"]) == ("bfloat16", 64)]
+    return 1e3 * min(ours["median_seconds"] for ours in shortest)
 
 
 def share_of_step(update: dict[str, float], name: str) -> str:

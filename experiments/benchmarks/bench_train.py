@@ -59,10 +59,11 @@ def main(config: BenchConfig) -> None:
 
         print(json.dumps(bench_workers.run(config.worker, config.lengths[0], config.dtypes[0], config.steps)))
         return
-    # Cells that are not measured anew stay, each with its machine.
-    anew = {(dtype, length) for dtype in config.dtypes for length in config.lengths}
+    # Cells that are not measured anew stay: other sizes, and other machines'.
+    anew = [(machine(), dtype, length) for dtype in config.dtypes for length in config.lengths]
     before = json.loads(config.out.read_text())["cells"] if config.out.exists() else []
-    kept, cells = [cell for cell in before if (cell["dtype"], cell["length"]) not in anew], []
+    kept = [cell for cell in before if (cell["machine"], cell["dtype"], cell["length"]) not in anew]
+    cells: list[dict[str, Any]] = []
     for dtype in config.dtypes:
         for length in config.lengths:
             turns: dict[str, list[dict[str, Any]]] = {
