@@ -5,9 +5,10 @@ Question:  SmolLM2-135M, LoRA r = 8 on q and v, AdamW + the shrink, batch 8, row
            does the shrink cost?
 Command:   make bench        (or python -m experiments.benchmarks.bench_train --torch-python PATH; without it, no PEFT)
 Hardware:  2 CPU cores with nothing else running. Minutes: about 50.
-Observed:  faster than the bare step, by 9 to 18 %. On an EPYC of the Zen 4 generation it is 1.00 and 0.97 times as fast
+Observed:  on an EPYC of the Zen 4 generation it is faster than the bare step, by 9 to 18 %, 1.00 and 0.97 times as fast
            as the faster peer in float32, 1.01 and 1.00 times in bfloat16, and takes 1.4 and 1.6 to 1.7 times the
-           matrix products' floor; on one without AVX-512 it was 1.04 and 1.12 times as fast in float32.
+           matrix products' floor; on one without AVX-512 it was 1.04 and 1.12 times as fast in float32. On a Xeon
+           without AMX (one turn, float32) it is 0.71 and 0.79 times as fast as compiled PEFT, and 1.4 times the floor.
 
 Every contender runs in a process of its own; rounds alternate between them, so that a drifting machine hits all alike.
 All get pages of 2 MB where Linux offers them; ours, and PEFT compiled, are also timed with pages of 4 kB. XLA on a CPU
