@@ -13,7 +13,7 @@ from experiments.studies import pilot, small_decoder_tables, targets
 from experiments.studies.ablation import AblationConfig
 from experiments.studies.ablation_tables import NEVER, name_of
 from experiments.studies.rates_tables import Grid, Group, Repeated, by_setting, grid_of, of_pilot, repeated
-from experiments.verdict import DATA, STOPPED, TOLD, at_half_the_rate
+from experiments.verdict import DATA, STOPPED, TOLD, at_half_the_rate, stopping
 from stable_lora_jax.evaluation import Estimate, holm, seeds_and_questions
 from stable_lora_jax.training import read_metrics
 
@@ -190,7 +190,11 @@ def _stops(results: Path) -> str:
             counts = ((count, total, [rate for rate, _ in each]) for (count, total), each in alike)
             found = [f"{count} of {total} at η = {_span(rates)}" for count, total, rates in counts]
             told += [f"{lam} ({group.name}, s = {group.scale:g}, {group.dtype}) {', '.join(found)}"] if found else []
-    return f"* How many matrices became stable within a run, so that the shrink stopped (seed 0): {'; '.join(told)}."
+    at_best = stopping(results)
+    return (
+        f"* How many matrices became stable within a run, so that the shrink stopped: "
+        f"{f'{at_best} Of seed 0, by rate: ' if at_best else 'of seed 0, '}{'; '.join(told)}."
+    )
 
 
 def _span(rates: list[float]) -> str:
