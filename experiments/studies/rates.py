@@ -10,14 +10,14 @@ Expected:  (2026-11-27, 2026-11-29, 2026-11-30) in LOG.md.
 Observed:  few data and, of three ways with one seed at s = 16, fresh data. 24 cells of few repeat the pilot:
            AdamW's nats within 0.021, differences from it at the same rate within 0.027. AdamW's best rate is half the
            pilot's lowest: each at its best, of four seeds, λ = 0.0005 is level with it, A₀ × 1/4 and AdamW stopped
-           early are 0.012 better; of three, λ = 0.002 is 0.037 worse. At every rate λ = 0.002 is 0.036 to 0.066 worse
+           early are 0.012 better, λ = 0.002 is 0.037 worse. At every rate λ = 0.002 is 0.036 to 0.066 worse
            than AdamW at half that rate. At s = 2, one seed in bfloat16, AdamW's nats are those of s = 16 at a quarter
            of the rate, within 0.010 but at the highest (0.044); λ = 0.002 is level with AdamW there, A₀ × 1/4 0.013
-           better. λ up to 0.005 shrinks most of A until the end at its best rates (37 of 480 matrices of few become
-           stable, s = 16); with λ = 0.02 all do by step 240, and it is level with AdamW, 0.004 ± 0.004 better (three
-           seeds, bfloat16). In that grid a quarter of B's rate is 0.010 better (two seeds); of one seed LoRA+,
-           LoRA-RITE and decay on A are level; Riemannian is 0.013 worse, as held-out questions chose
-           twice AdamW's rate for it.
+           better. λ up to 0.005 shrinks most of A until the end at its best rates (144 of 720 matrices of few become
+           stable, s = 16, all with λ = 0.005); with λ = 0.02 all do by step 240, and it is level with AdamW, 0.004 ±
+           0.004 better (three seeds, bfloat16). In that grid, of four seeds, a quarter of B's rate is 0.009 better,
+           decay on A level, λ = 0.005 0.031 worse; of one seed LoRA+ and LoRA-RITE are level, and Riemannian is 0.013
+           worse, as held-out questions chose twice AdamW's rate for it.
            With fresh data all best rates are 0.001, the end of the pilot's grid; there λ = 0.005 is 0.009 better,
            A₀ × 1/4 level.
 
